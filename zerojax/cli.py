@@ -1,0 +1,47 @@
+"""The command line: from flags to a checked config and a workdir."""
+
+import pathlib
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from zerojax import config as config_lib
+from zerojax.errors import UsageError
+
+
+def parse_flags(argv: list[str]) -> tuple[ConfigDict, pathlib.Path]:
+    """The checked config and the workdir that a command line (with the program's name) asks for.
+
+    Raises:
+        UsageError: names the flag or field, its value, and what is allowed.
+    """
+    values = flags.FlagValues()
+    config_flag = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
+    workdir_flag = flags.DEFINE_string('workdir', None, '', flag_values=values)
+    for argument in argv[1:]:
+        name = argument.lstrip('-').split('=')[0]
+        if argument.startswith('-') and name.startswith('config.'):
+            config_lib.check_field_exists(name.removeprefix('config.'))
+    try:
+        remaining = values(argv)
+        if not config_flag.present:
+            raise UsageError('--config: missing; to begin with, --config=configs/digits.py')
+        config, source = config_flag.value, config_flags.get_config_filename(values['config'])
+        if not isinstance(config, ConfigDict):
+            raise UsageError(f'--config={source}: get_config() must return a ConfigDict')
+    except UsageError:
+        raise
+    except Exception as error:  # a config file is a program and may raise anything
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise UsageError(f'command line: {reason}') from error
+    if len(remaining) > 1:
+        raise UsageError(f'command line: unexpected argument {remaining[1]!r}')
+    config_lib.check(config)
+    return config, pathlib.Path(workdir_flag.value or default_workdir(source))
+
+
+def default_workdir(source: str) -> str:
+    """runs/NAME for configs/NAME.py, runs/NAME_VARIANT for configs/NAME.py:VARIANT."""
+    file, _, variant = source.partition(':')
+    name = pathlib.PurePath(file).stem
+    return f'runs/{name}_{variant}' if variant else f'runs/{name}'

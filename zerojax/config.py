@@ -1,0 +1,205 @@
+"""The fields of a config, their defaults, and what they may be.
+
+A config file's `get_config` takes `default_config()` and changes what it wants; the fields are
+locked, so a misspelt one is an error. `check` says what is wrong with a config before anything is
+loaded or compiled.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict, config_dict
+
+from zerojax import data, determinism, models, perturb
+from zerojax.errors import UsageError
+
+
+def default_config() -> ConfigDict:
+    """All fields with their defaults: the paper's ConstNet and training settings, no dataset."""
+    config = ConfigDict()
+    config.seed = 0  # initial weights, order of examples, augmentation, dropout
+    config.num_steps = config_dict.placeholder(int)  # updates; or give num_epochs instead
+    config.num_epochs = config_dict.placeholder(int)  # an epoch: train examples // batch_size steps
+    config.batch_size = 128
+    config.log_every_steps = 100  # a 'train' line in metrics.jsonl
+    config.eval_every_steps = 1000  # an 'eval' and a 'symmetry' line
+    config.checkpoint_every_steps = 1000
+    config.steps_per_call = 1  # train steps in one dispatch; see docs/performance.md
+
+    config.model = ConfigDict()
+    config.model.name = 'constnet'
+    config.model.depth = 16  # 3n + 4: n blocks in each of three stages
+    config.model.width = 10  # stages have 16, 32 and 64 times this many features
+    config.model.init = 'averaging'  # or 'random', the paper's control
+    config.model.dropout = 0.0  # rate after each block convolution
+    config.model.shortcut = 'post_relu'  # as the paper's code; or 'pre_relu'
+    config.model.convolution = 'direct'  # or 'patches', a matrix product: fast on CPUs at 8x8
+
+    config.dataset = ConfigDict()
+    config.dataset.name = ''
+    config.dataset.data_dir = config_dict.placeholder(str)  # prepared TFDS sets; null: TFDS's place
+    config.dataset.train_split = 'train'
+    config.dataset.eval_split = 'test'
+    config.dataset.augment = False  # reflect-pad 4, crop, mirror
+    config.dataset.mean = ()  # per channel, in units of 0 to 255; (): measured on the train split
+    config.dataset.std = ()
+
+    config.determinism = ConfigDict()
+    config.determinism.mode = 'deterministic'  # or 'hardware': whatever the kernels do
+
+    config.perturbation = ConfigDict()
+    config.perturbation.kind = 'none'  # or 'gaussian': scale * N(0, 1) added to the weights
+    config.perturbation.scale = 0.0
+    config.perturbation.seed = 0
+    config.perturbation.at_step = 0  # after this many updates; 0: the initial weights
+    config.perturbation.every = 0  # and again every so many steps; 0: only once
+    config.perturbation.layers = '.*'  # regular expression on paths such as block1_0/conv/kernel
+
+    config.symmetry = ConfigDict()
+    config.symmetry.project = False  # put the weights back on the symmetric subspace at each step
+
+    config.optimizer = ConfigDict()  # SGD
+    config.optimizer.learning_rate = 0.03
+    config.optimizer.momentum = 0.9
+    config.optimizer.nesterov = False
+    config.optimizer.weight_decay = 5e-4  # L2 on every parameter, inside the gradient
+    config.optimizer.drop_at = ()  # fractions of the run at which the learning rate is multiplied
+    config.optimizer.drop_factor = 0.2  # by this factor
+    config.lock()
+    return config
+
+
+Rule = tuple[Callable[[Any], bool], str]
+
+
+def _at_least(low: float) -> Rule:
+    return (lambda value: math.isfinite(value) and value >= low), f'must be finite and >= {low}'
+
+
+def _between(low: float, high: float) -> Rule:
+    return (lambda value: low <= value <= high), f'must be from {low} to {high}'
+
+
+def _one_of(allowed: tuple[str, ...]) -> Rule:
+    return (lambda value: value in allowed), f'must be one of {", ".join(allowed)}'
+
+
+_INT32 = 2**31 - 1
+_COUNT = _between(1, _INT32)
+_SEED = _between(0, _INT32)
+
+# Fields of model and perturbation not named here are checked by the things they build.
+RULES: dict[str, Rule] = {
+    'seed': _SEED,
+    'num_steps': _COUNT,
+    'num_epochs': _COUNT,
+    'batch_size': _COUNT,
+    'log_every_steps': _COUNT,
+    'eval_every_steps': _COUNT,
+    'checkpoint_every_steps': _COUNT,
+    'steps_per_call': _COUNT,
+    'dataset.name': _one_of(data.NAMES),
+    'determinism.mode': _one_of(determinism.MODES),
+    'perturbation.seed': _SEED,
+    'perturbation.at_step': _between(0, _INT32),
+    'perturbation.every': _between(0, _INT32),
+    'optimizer.learning_rate': _at_least(0),
+    'optimizer.momentum': (lambda value: 0 <= value < 1, 'must be at least 0 and below 1'),
+    'optimizer.weight_decay': _at_least(0),
+    'optimizer.drop_at': (
+        lambda value: all(0 < each < 1 for each in value) and list(value) == sorted(value),
+        'must be rising fractions of the run between 0 and 1',
+    ),
+    'optimizer.drop_factor': _at_least(0),
+    'dataset.mean': (lambda value: all(math.isfinite(each) for each in value), 'must be finite'),
+    'dataset.std': (
+        lambda value: all(math.isfinite(each) and each > 0 for each in value),
+        'must be finite and above 0',
+    ),
+}
+
+
+def check(config: ConfigDict) -> None:
+    """Checks names, types and ranges of all fields.
+
+    Raises:
+        UsageError: names the field, its value, and what is allowed.
+    """
+    template = default_config()
+    expected = flatten_dict(template.to_dict(), sep='.')
+    given = flatten_dict(config.to_dict(), sep='.')
+    for field in sorted(given.keys() - expected.keys()):
+        check_field_exists(field)
+    for field in sorted(expected.keys() - given.keys()):
+        raise UsageError(f'{field}: missing; start from zerojax.config.default_config()')
+    for field, value in given.items():
+        _check_type(field, value, expected[field], optional=field in _OPTIONAL)
+        if field in RULES and value is not None:
+            allowed, text = RULES[field]
+            if not allowed(value):
+                raise UsageError(f'{field}={value!r}: {text}')
+    if (config.num_steps is None) == (config.num_epochs is None):
+        raise UsageError(
+            f'num_steps={config.num_steps}, num_epochs={config.num_epochs}: '
+            'give exactly one of them (the other None)'
+        )
+    if len(config.dataset.mean) != len(config.dataset.std):
+        raise UsageError(
+            f'dataset.mean={config.dataset.mean!r}: needs as many numbers as '
+            f'dataset.std={config.dataset.std!r}'
+        )
+    build_model(config, num_classes=1)
+    build_perturbation(config)
+
+
+_OPTIONAL = {'num_steps': int, 'num_epochs': int, 'dataset.data_dir': str}
+
+
+def _check_type(field: str, value: Any, default: Any, optional: bool) -> None:
+    if optional and value is None:
+        return
+    kind = _OPTIONAL[field] if optional else type(default)
+    if type(value) is not kind:
+        raise UsageError(f'{field}={value!r}: must be of type {kind.__name__}')
+    if kind is tuple and not all(type(each) in (int, float) for each in value):
+        raise UsageError(f'{field}={value!r}: must be a tuple of numbers')
+
+
+def check_field_exists(field: str) -> None:
+    """Checks a dotted name such as 'model.depth'.
+
+    Raises:
+        UsageError: there is no such field; names those of its group.
+    """
+    fields = sorted(flatten_dict(default_config().to_dict(), sep='.'))
+    if field not in fields:
+        group = field.rpartition('.')[0]
+        siblings = [each for each in fields if each.rpartition('.')[0] == group] or fields
+        raise UsageError(f'{field}: no such field; allowed: {", ".join(siblings)}')
+
+
+def build_model(config: ConfigDict, num_classes: int) -> models.ConstNet:
+    """The config's network.
+
+    Raises:
+        UsageError: names the field of `config.model` that is wrong.
+    """
+    try:
+        return models.create(**config.model, num_classes=num_classes)
+    except ValueError as error:
+        raise UsageError(f'model.{error}') from error
+
+
+def build_perturbation(config: ConfigDict) -> perturb.Perturbation:
+    """The config's perturbation.
+
+    Raises:
+        UsageError: names the field of `config.perturbation` that is wrong.
+    """
+    fields = {name: value for name, value in config.perturbation.items() if name != 'seed'}
+    try:
+        return perturb.Perturbation(**fields)
+    except ValueError as error:
+        raise UsageError(f'perturbation.{error}') from error

@@ -1,0 +1,72 @@
+"""Determinism modes as XLA compiler options of one executable.
+
+The options are attached to a jitted function, not to the process, so deterministic and ordinary
+executables can live side by side. They belong on the outermost jit only.
+
+CPU: both modes are deterministic. They switch off XLA's YNNPACK fusions, because these reduce a
+broadcast with a data race in jaxlib 0.10.2 to 0.11: the same executable returned different sums.
+GPU: 'deterministic' excludes nondeterministic kernels and the autotuner's choice by timing.
+TPU: executables are deterministic; no option is needed.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+MODES = ('deterministic', 'hardware')
+
+CompilerOption = bool | int | str
+
+_OPTIONS: dict[tuple[str, str], dict[str, CompilerOption]] = {
+    ('cpu', 'deterministic'): {'xla_cpu_experimental_ynn_fusion_type': ''},
+    ('cpu', 'hardware'): {'xla_cpu_experimental_ynn_fusion_type': ''},
+    ('gpu', 'deterministic'): {
+        'xla_gpu_deterministic_ops': True,
+        'xla_gpu_exclude_nondeterministic_ops': True,
+        'xla_gpu_autotune_level': 0,
+    },
+    ('gpu', 'hardware'): {},
+    ('tpu', 'deterministic'): {},
+    ('tpu', 'hardware'): {},
+}
+
+
+def compiler_options(mode: str, backend: str | None = None) -> dict[str, CompilerOption]:
+    """XLA options that put `mode` into force, for `jax.jit(..., compiler_options=...)`.
+
+    Args:
+        mode: 'deterministic' or 'hardware'.
+        backend: 'cpu', 'gpu' or 'tpu'; by default the one that JAX runs on.
+
+    Raises:
+        ValueError: an unknown mode, or a backend for which the mode is not known to hold.
+    """
+    backend = backend or jax.default_backend()
+    if mode not in MODES:
+        raise ValueError(f'mode={mode!r}: must be one of {", ".join(MODES)}')
+    if (backend, mode) not in _OPTIONS:
+        raise ValueError(f'mode={mode!r}: not known how to grant it on backend {backend!r}')
+    return dict(_OPTIONS[backend, mode])
+
+
+def check_supported(mode: str) -> None:
+    """Compiles a trivial function under the mode's options on JAX's backend.
+
+    Raises:
+        ValueError: the installed jaxlib does not know an option, so the mode cannot be granted.
+    """
+    for option, value in compiler_options(mode).items():
+        try:
+            jax.jit(lambda x: x, compiler_options={option: value}).lower(0).compile()
+        except Exception as error:
+            if option not in str(error):
+                raise
+            raise ValueError(
+                f'mode={mode!r}: jaxlib {jax.lib.__version__} does not take {option}={value!r}'
+            ) from error
+
+
+def jit_in_mode(function: Callable[..., Any], mode: str, **kwargs: Any) -> Any:
+    """`jax.jit` with the mode's compiler options; other arguments are passed on."""
+    return jax.jit(function, compiler_options=compiler_options(mode), **kwargs)

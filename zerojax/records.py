@@ -1,0 +1,159 @@
+"""What a run writes beside checkpoints and figures: manifest, metrics, hashes."""
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+from typing import Any, Self
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+from tensorboardX import SummaryWriter
+
+Record = dict[str, Any]
+
+PACKAGES = (
+    'zerojax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'ml-collections',
+    'tensorflow-datasets', 'scikit-learn', 'numpy',
+)  # fmt: skip
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes JSON so that the file is at every moment either the old or the new one, whole."""
+    beside = path.with_name(path.name + '.tmp')
+    with open(beside, 'w') as file:
+        json.dump(value, file, indent=2, allow_nan=False)
+        file.write('\n')
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def add_start(path: pathlib.Path, step: int, facts: Record) -> None:
+    """Appends this start, or resume, at `step` to the manifest.
+
+    `facts` are what the caller knows: compiler options, execution mode, dataset. Versions, git
+    revision, devices, XLA flags, time and process are added here. The manifest's top level repeats
+    the newest start; `starts` has them all.
+    """
+    starts = json.loads(path.read_text())['starts'] if path.exists() else []
+    start = {
+        'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+        'step': step,
+        'pid': os.getpid(),
+        'host': platform.node(),
+        'platform': platform.platform(),
+        'python': platform.python_version(),
+        'versions': {name: importlib.metadata.version(name) for name in PACKAGES},
+        'git': _git_revision(),
+        'device_kind': jax.devices()[0].device_kind,
+        'device_count': jax.device_count(),
+        'backend': jax.default_backend(),
+        'cpu_count': os.cpu_count(),
+        'xla_flags': os.environ.get('XLA_FLAGS', ''),
+        **facts,
+    }
+    write_json(path, {**start, 'starts': [*starts, start]})
+
+
+def _git_revision() -> str | None:
+    """Revision of the checkout that this code runs from, '+' behind it if changed; else None."""
+    here = pathlib.Path(__file__)
+    git = ['git', '-C', str(here.parent)]
+    output = ''
+    for command in (
+        [*git, 'ls-files', '--error-unmatch', here.name],
+        [*git, 'describe', '--always', '--abbrev=40', '--dirty=+'],
+    ):
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        if done.returncode != 0:
+            return None  # installed, not a checkout
+        output = done.stdout.strip()
+    return output
+
+
+class Metrics:
+    """`metrics.jsonl`, mirrored in TensorBoard event files.
+
+    A line depends on config and step alone, never on the clock, so a run that was stopped and
+    resumed leaves the same bytes as one that was not.
+    """
+
+    def __init__(self, workdir: pathlib.Path, step: int) -> None:
+        """Opens the file to go on after `step`; what was written beyond it will be run again."""
+        self._path = workdir / 'metrics.jsonl'
+        self.lines = self._keep_until(step)
+        self._file = open(self._path, 'a')
+        self._tensorboard = SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self._tensorboard.close()
+
+    def _keep_until(self, step: int) -> list[Record]:
+        if not self._path.exists():
+            return []
+        kept = []
+        for line in self._path.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                break  # a line that a killed process left half written is the last one
+            if record['step'] <= step:
+                kept.append(record)
+        beside = self._path.with_name('metrics.jsonl.tmp')
+        beside.write_text(''.join(json.dumps(record) + '\n' for record in kept))
+        os.replace(beside, self._path)
+        return kept
+
+    def write(self, step: int, kind: str, **values: Any) -> None:
+        """Appends one line; numbers also go to TensorBoard as KIND/NAME.
+
+        Raises:
+            ValueError: the step is not beyond the last one of this kind, or a number is not finite.
+        """
+        last = self.last(kind)
+        if last is not None and step <= last['step']:
+            raise ValueError(f'{kind} at step {step} after step {last["step"]}')
+        record = {'step': step, 'kind': kind, **values}
+        self._file.write(json.dumps(record, allow_nan=False) + '\n')
+        self._file.flush()
+        self.lines.append(record)
+        for name, value in flatten_dict(values, sep='.').items():
+            self._tensorboard.add_scalar(f'{kind}/{name}', value, step)
+
+    def last(self, kind: str) -> Record | None:
+        """The last line of a kind; None if there is none."""
+        return next((line for line in reversed(self.lines) if line['kind'] == kind), None)
+
+    def of_kind(self, kind: str) -> list[Record]:
+        """All lines of a kind, in the order of their steps."""
+        return [line for line in self.lines if line['kind'] == kind]
+
+    def flush(self) -> None:
+        """Returns when all lines are on disk; called before a checkpoint that presumes them."""
+        os.fsync(self._file.fileno())
+        self._tensorboard.flush()
+
+
+def params_sha256(params: Any) -> str:
+    """SHA-256 over the parameters' bytes, parameters in the order of their '/'-joined paths.
+
+    An array counts as its C-ordered, little-endian bytes; names and shapes do not enter.
+    """
+    digest = hashlib.sha256()
+    for _, x in sorted(flatten_dict(params, sep='/').items()):
+        array = np.ascontiguousarray(x)
+        digest.update(array.astype(array.dtype.newbyteorder('<')).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,232 @@
+"""TrainState and the pure, jitted train and eval steps. No I/O, no configs.
+
+Everything random is drawn from `fold_in(key of its own purpose, step)`, so one source of
+randomness can be varied with the others held.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from zerojax import perturb, symmetry
+from zerojax.determinism import jit_in_mode
+from zerojax.models import ConstNet
+
+Tree = Any
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+KEY_PURPOSES = ('order', 'augmentation', 'dropout')
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that decides the next step.
+
+    Attributes:
+        step: number of updates done, int32 [].
+        params, batch_stats: the network's variables.
+        opt_state: state of the optax transformation.
+        keys: a typed PRNG key [] for each purpose: 'order', 'augmentation', 'dropout',
+            'perturbation'.
+        broken_at_step: the first step whose gradient was taken at weights that were not symmetric,
+            int32 []; -1 as long as there was none.
+        nonfinite_at_step: the first update (counted from 1) whose loss, gradient or new state was
+            not finite, int32 []; -1 as long as there was none.
+    """
+
+    step: jax.Array
+    params: Tree
+    batch_stats: Tree
+    opt_state: Tree
+    keys: dict[str, jax.Array]
+    broken_at_step: jax.Array
+    nonfinite_at_step: jax.Array
+
+
+def create_state(
+    model: ConstNet,
+    tx: optax.GradientTransformation,
+    image_shape: tuple[int, int, int],
+    *,
+    seed: int,
+    perturbation_seed: int,
+) -> TrainState:
+    """The state before the first step, for images of shape [H, W, C].
+
+    `seed` decides the initial weights, the order of examples, augmentation and dropout;
+    `perturbation_seed` only the perturbation.
+    """
+    root = jax.random.key(seed)
+    init_key, *keys = [jax.random.fold_in(root, i) for i in range(1 + len(KEY_PURPOSES))]
+    variables = model.init(init_key, jnp.zeros((1, *image_shape)), train=False)
+    return TrainState(
+        step=jnp.int32(0),
+        params=variables['params'],
+        batch_stats=variables['batch_stats'],
+        opt_state=tx.init(variables['params']),
+        keys=dict(zip(KEY_PURPOSES, keys, strict=True))
+        | {'perturbation': jax.random.key(perturbation_seed)},
+        broken_at_step=jnp.int32(-1),
+        nonfinite_at_step=jnp.int32(-1),
+    )
+
+
+def cross_entropy(logits_BxN: jax.Array, labels_B: jax.Array) -> jax.Array:
+    """Cross-entropy of each example in nats, [B]; one-hot, so its gradient needs no scatter."""
+    one_hot_BxN = jax.nn.one_hot(labels_B, logits_BxN.shape[-1], dtype=logits_BxN.dtype)
+    return optax.softmax_cross_entropy(logits_BxN, one_hot_BxN)
+
+
+def _all_finite(tree: Tree) -> jax.Array:
+    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in leaves]))
+
+
+def _first_time(recorded: jax.Array, happened: jax.Array, step: jax.Array) -> jax.Array:
+    return jnp.where((recorded < 0) & happened, step, recorded)
+
+
+def train_step_function(
+    model: ConstNet,
+    tx: optax.GradientTransformation,
+    *,
+    perturbation: perturb.Perturbation = perturb.Perturbation(),
+    project: bool = False,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The train step as a pure function that is not jitted; see `make_train_step`."""
+    feature_axes = model.feature_axes()
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        params = perturb.apply(perturbation, state.params, state.keys['perturbation'], state.step)
+        symmetric = symmetry.is_symmetric(params, feature_axes['params'])
+
+        def loss_function(params: Tree) -> tuple[jax.Array, tuple[jax.Array, Tree]]:
+            logits_BxN, updated = model.apply(
+                {'params': params, 'batch_stats': state.batch_stats},
+                batch['image'],
+                train=True,
+                mutable=['batch_stats'],
+                rngs={'dropout': jax.random.fold_in(state.keys['dropout'], state.step)},
+            )
+            loss = jnp.mean(cross_entropy(logits_BxN, batch['label']))
+            return loss, (logits_BxN, updated['batch_stats'])
+
+        (loss, (logits_BxN, batch_stats)), grads = jax.value_and_grad(loss_function, has_aux=True)(
+            params
+        )
+        updates, opt_state = tx.update(grads, state.opt_state, params)
+        params = optax.apply_updates(params, updates)
+        if project:
+            params = symmetry.project(params, feature_axes['params'])
+            batch_stats = symmetry.project(batch_stats, feature_axes['batch_stats'])
+
+        correct_B = jnp.argmax(logits_BxN, axis=-1) == batch['label']
+        metrics = {
+            'loss': loss,
+            'accuracy': jnp.mean(correct_B, dtype=loss.dtype),
+            'grad_norm': optax.global_norm(grads),
+        }
+        finite = _all_finite((metrics, params, batch_stats, opt_state))
+        new_state = state.replace(
+            step=state.step + 1,
+            params=params,
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+            broken_at_step=_first_time(state.broken_at_step, ~symmetric, state.step),
+            nonfinite_at_step=_first_time(state.nonfinite_at_step, ~finite, state.step + 1),
+        )
+        return new_state, metrics
+
+    return train_step
+
+
+def make_train_step(
+    model: ConstNet,
+    tx: optax.GradientTransformation,
+    *,
+    determinism: str = 'deterministic',
+    perturbation: perturb.Perturbation = perturb.Perturbation(),
+    project: bool = False,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """A jitted train step (state, batch) -> (state, metrics); the state's buffers are donated.
+
+    Args:
+        model: a network with `feature_axes`.
+        tx: the optimizer.
+        determinism: 'deterministic' or 'hardware', see `zerojax.determinism`.
+        perturbation: applied to the weights before the gradient is taken.
+        project: whether the new weights and statistics are projected onto the symmetric subspace,
+            so that no asymmetry outlives a step, whatever the kernels do.
+
+    The batch is {'image': float [B, H, W, C], 'label': int32 [B]}; the metrics are scalars of this
+    batch: 'loss' (mean cross-entropy, nats), 'accuracy' and 'grad_norm' (L2, without weight decay).
+
+    Raises:
+        ValueError: the mode cannot be granted on this backend.
+    """
+    train_step = train_step_function(model, tx, perturbation=perturbation, project=project)
+    return jit_in_mode(train_step, determinism, donate_argnums=0)
+
+
+def make_train_steps(
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
+    make_batch: Callable[[TrainState, Tree], Batch],
+    *,
+    determinism: str,
+    steps_per_call: int,
+) -> Any:
+    """Several train steps in one dispatch: jitted (state, data, count) -> (state, last metrics).
+
+    `make_batch(state, data)` makes the batch of the state's step. `count` (int32 [], between 1 and
+    `steps_per_call`) is a traced number, so all counts share one executable and one arithmetic.
+    The state's buffers are donated.
+    """
+
+    def one_step(state: TrainState, data: Tree) -> tuple[TrainState, Metrics]:
+        return train_step(state, make_batch(state, data))
+
+    def many_steps(
+        state: TrainState, data: Tree, count: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        shapes = jax.eval_shape(one_step, state, data)[1]
+        metrics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.lax.fori_loop(
+            0, count, lambda _, carry: one_step(carry[0], data), (state, metrics)
+        )
+
+    def single_step(
+        state: TrainState, data: Tree, count: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        del count
+        return one_step(state, data)
+
+    # XLA's CPU convolutions lose their threads inside a loop, so one step is not wrapped in one.
+    steps = single_step if steps_per_call == 1 else many_steps
+    return jit_in_mode(steps, determinism, donate_argnums=0)
+
+
+def make_eval_step(
+    model: ConstNet, preprocess: Callable[[jax.Array], jax.Array], *, determinism: str
+) -> Callable[[Tree, jax.Array, jax.Array], Metrics]:
+    """A jitted (variables, images [B, H, W, C], labels int32 [B]) -> sums over the batch.
+
+    `preprocess` turns the images into what the model takes. Labels below 0 mark padding. The sums
+    are 'loss' (nats, float []) and 'correct' (int32 []).
+    """
+
+    def eval_step(variables: Tree, images: jax.Array, labels_B: jax.Array) -> Metrics:
+        logits_BxN = model.apply(variables, preprocess(images), train=False)
+        real_B = labels_B >= 0
+        losses_B = jnp.where(real_B, cross_entropy(logits_BxN, labels_B), 0.0)
+        correct_B = real_B & (jnp.argmax(logits_BxN, axis=-1) == labels_B)
+        return {
+            'loss': jnp.sum(losses_B),
+            'correct': jnp.sum(correct_B, dtype=jnp.int32),
+        }
+
+    return jit_in_mode(eval_step, determinism)

@@ -1,0 +1,40 @@
+"""Stopping a run by signal without losing anything."""
+
+import signal
+from types import FrameType
+from typing import Self
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has saved a checkpoint; `signal` is the signal's number."""
+
+    def __init__(self, signal_number: int, step: int) -> None:
+        self.signal = signal_number
+        name = signal.Signals(signal_number).name
+        super().__init__(f'{name}: stopped and saved at step {step}; the same command resumes')
+
+
+class StopRequest:
+    """While open, remembers the first SIGTERM or SIGINT; a second one ends the process at once.
+
+    `signal` is the number of the signal that came, None before. Main thread only.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __enter__(self) -> Self:
+        self._previous = {
+            number: signal.signal(number, self._remember)
+            for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, _: FrameType | None) -> None:
+        self.signal = number
+        for each in self._previous:
+            signal.signal(each, signal.SIG_DFL)

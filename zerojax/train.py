@@ -1,0 +1,388 @@
+"""One run, from top to bottom."""
+
+import functools
+import json
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from zerojax import config as config_lib
+from zerojax import data, determinism, figures, optimizer, perturb, records, symmetry
+from zerojax.checkpoint import Checkpoints
+from zerojax.errors import RunError, UsageError
+from zerojax.models import ConstNet
+from zerojax.progress import Progress
+from zerojax.step import (
+    Batch,
+    TrainState,
+    create_state,
+    make_eval_step,
+    make_train_steps,
+    train_step_function,
+)
+from zerojax.stop import Stopped, StopRequest
+from zerojax.workdir import Workdir
+
+EVAL_BATCH_SIZE = 500
+
+
+def train(config: ConfigDict, workdir: pathlib.Path) -> records.Record:
+    """Trains `config` in `workdir`, or goes on with the run that is there.
+
+    Returns:
+        The run's summary, as in `workdir`/summary.json.
+
+    Raises:
+        UsageError: config, data or workdir are wrong; nothing was trained.
+        RunError: loss, gradient or state became infinite or NaN; the last good checkpoint is kept.
+        Stopped: SIGTERM or SIGINT came; a checkpoint was saved.
+    """
+    started = time.monotonic()
+    with StopRequest() as stop:
+        # What can be wrong is found out before anything is written or compiled.
+        config_lib.check(config)
+        dataset = data.load(
+            config.dataset.name,
+            config.dataset.data_dir,
+            config.dataset.train_split,
+            config.dataset.eval_split,
+        )
+        config = resolve(config, dataset)
+        check_backend(config.determinism.mode)
+        check_perturbation(config, dataset)
+        with (
+            Workdir(workdir, json.loads(json.dumps(config.to_dict()))),
+            Checkpoints(workdir / 'checkpoints') as checkpoints,
+        ):
+            return _train(config, dataset, workdir, checkpoints, stop, started)
+
+
+def _train(
+    config: ConfigDict,
+    dataset: data.Dataset,
+    workdir: pathlib.Path,
+    checkpoints: Checkpoints,
+    stop: StopRequest,
+    started: float,
+) -> records.Record:
+    mode = config.determinism.mode
+    jit = functools.partial(determinism.jit_in_mode, mode=mode)
+    model = config_lib.build_model(config, dataset.num_classes)
+    feature_axes = model.feature_axes()['params']
+    schedule = build_schedule(config)
+
+    # The state: new, or where the run was left.
+    state = jit(functools.partial(new_state, config, dataset))()
+    seconds_before = 0.0
+    resumed = checkpoints.latest_step is not None
+    if resumed:
+        state, seconds_before = checkpoints.restore(like=state)
+    step = int(state.step)
+    records.add_start(workdir / 'manifest.json', step, run_facts(config, dataset))
+    verb = 'RESUMING at' if resumed else 'starting at'
+    print(f'{verb} step {step} of {config.num_steps} in {workdir}', flush=True)
+
+    # The executables, and the training set on the device.
+    device_data = jax.device_put({'image': dataset.train.images, 'label': dataset.train.labels})
+    steps_per_epoch = len(dataset.train.labels) // config.batch_size
+    train_steps = make_train_steps(
+        train_step_function(
+            model,
+            build_optimizer(config),
+            perturbation=config_lib.build_perturbation(config),
+            project=config.symmetry.project,
+        ),
+        make_batch_function(config),
+        determinism=mode,
+        steps_per_call=config.steps_per_call,
+    )
+    epoch_order = jit(
+        functools.partial(data.epoch_order, num_examples=len(dataset.train.labels))
+    )
+    evaluate = make_evaluation(config, dataset, model)
+    measure_asymmetry = jit(functools.partial(symmetry.asymmetry, feature_axes=feature_axes))
+
+    with (
+        records.Metrics(workdir, step) as metrics,
+        Progress(step, config.num_steps) as progress,
+    ):
+
+        def record_evaluation() -> None:
+            evaluation = evaluate(state)
+            metrics.write(step, 'eval', **evaluation)
+            by_layer = {k: float(x) for k, x in measure_asymmetry(state.params).items()}
+            worst = max(by_layer.values())
+            metrics.write(
+                step,
+                'symmetry',
+                asymmetry=worst,
+                asymmetry_by_layer=by_layer,
+                unique_features=symmetry.unique_features(
+                    jax.device_get(state.params), feature_axes
+                ),
+            )
+            progress.evaluated(step, **evaluation, asymmetry=worst)
+
+        def save() -> None:
+            metrics.flush()  # a checkpoint presumes the lines up to its step
+            checkpoints.save(state, seconds_before + time.monotonic() - started)
+
+        if not resumed:
+            record_evaluation()
+            save()
+        order, order_epoch, last_metrics = None, -1, None
+        while step < config.num_steps and stop.signal is None:
+            epoch, position = divmod(step, steps_per_epoch)
+            if epoch != order_epoch:
+                order, order_epoch = epoch_order(state.keys['order'], epoch), epoch
+            count = min(
+                config.steps_per_call,
+                steps_per_epoch - position,
+                config.num_steps - step,
+                *(
+                    every - step % every
+                    for every in (
+                        config.log_every_steps,
+                        config.eval_every_steps,
+                        config.checkpoint_every_steps,
+                    )
+                ),
+            )
+            # Wait for the call before the last, so that a signal is answered soon.
+            jax.block_until_ready(last_metrics)
+            state, last_metrics = train_steps(state, (device_data, order), np.int32(count))
+            step += count
+
+            def due(every: int) -> bool:
+                return step % every == 0 or step == config.num_steps
+
+            if due(config.log_every_steps):
+                check_finite(state, checkpoints)
+                values = {name: float(value) for name, value in last_metrics.items()}
+                by_layer = measure_asymmetry(state.params).values()
+                values['asymmetry'] = max(float(x) for x in by_layer)
+                values['learning_rate'] = float(schedule(step - 1))
+                metrics.write(step, 'train', **values)
+                progress.update(
+                    step, **{k: values[k] for k in ('loss', 'accuracy', 'asymmetry')}
+                )
+            if due(config.eval_every_steps):
+                check_finite(state, checkpoints)
+                record_evaluation()
+            if due(config.checkpoint_every_steps):
+                check_finite(state, checkpoints)
+                save()
+        if step < config.num_steps:
+            assert stop.signal is not None
+            check_finite(state, checkpoints)
+            save()
+            checkpoints.wait()
+            raise Stopped(stop.signal, step)
+
+        checkpoints.wait()
+        summary = summarize(
+            state, metrics, feature_axes, seconds_before + time.monotonic() - started
+        )
+        records.write_json(workdir / 'summary.json', summary)
+        figures.draw_run(
+            metrics.lines, summary['broken_at_step'], workdir / 'figures' / 'run.png'
+        )
+        progress.say(f'finished: {workdir}/summary.json, figures/run.png')
+        return summary
+
+
+def resolve(config: ConfigDict, dataset: data.Dataset) -> ConfigDict:
+    """A copy of the config with everything that depends on the data filled in.
+
+    Raises:
+        UsageError: a field does not fit the data.
+    """
+    num_examples, height, width, channels = dataset.train.images.shape
+    if config.batch_size > num_examples:
+        raise UsageError(
+            f'batch_size={config.batch_size}: must be at most {num_examples}, '
+            'the number of training examples'
+        )
+    if config.dataset.augment and min(height, width) <= data.PAD:
+        raise UsageError(
+            f'dataset.augment=True: images of {height}x{width} are too small to be padded by '
+            f'{data.PAD}; must be False'
+        )
+    if dataset.eval.images.shape[1:] != dataset.train.images.shape[1:]:
+        raise UsageError(
+            f'dataset.eval_split={config.dataset.eval_split!r}: images of shape '
+            f'{dataset.eval.images.shape[1:]}, must be as in train_split: '
+            f'{dataset.train.images.shape[1:]}'
+        )
+    resolved = ConfigDict(config.to_dict())
+    if resolved.num_steps is None:
+        resolved.num_steps = config.num_epochs * (num_examples // config.batch_size)
+    if len(config.dataset.mean) == 0:
+        mean, std = data.channel_statistics(dataset.train.images)
+        resolved.dataset.mean = tuple(float(x) for x in mean)
+        resolved.dataset.std = tuple(float(x) for x in std)
+    elif len(config.dataset.mean) != channels:
+        raise UsageError(
+            f'dataset.mean={config.dataset.mean!r}: must hold {channels} numbers, '
+            'one for each channel of the images, or none'
+        )
+    return resolved
+
+
+def check_backend(mode: str) -> None:
+    """Raises UsageError if the determinism mode cannot be granted here."""
+    try:
+        determinism.check_supported(mode)
+    except ValueError as error:
+        raise UsageError(f'determinism.{error}') from error
+
+
+def check_perturbation(config: ConfigDict, dataset: data.Dataset) -> None:
+    """Raises UsageError if the perturbation would never be applied, or to nothing."""
+    if config.perturbation.kind == 'none':
+        return
+    if config.perturbation.at_step >= config.num_steps:
+        raise UsageError(
+            f'perturbation.at_step={config.perturbation.at_step}: '
+            f'must be below num_steps={config.num_steps}'
+        )
+    params = jax.eval_shape(functools.partial(new_state, config, dataset)).params
+    if not perturb.chosen(params, config.perturbation.layers):
+        raise UsageError(
+            f'perturbation.layers={config.perturbation.layers!r}: matches no parameter; '
+            f'they are {", ".join(perturb.chosen(params, ".*"))}'
+        )
+
+
+def build_schedule(config: ConfigDict) -> Callable[[Any], Any]:
+    """Learning rate of update n (from 0)."""
+    settings = config.optimizer
+    return optimizer.step_schedule(
+        settings.learning_rate, config.num_steps, settings.drop_at, settings.drop_factor
+    )
+
+
+def build_optimizer(config: ConfigDict) -> Any:
+    """The config's optax transformation."""
+    settings = config.optimizer
+    return optimizer.sgd(
+        build_schedule(config), settings.momentum, settings.nesterov, settings.weight_decay
+    )
+
+
+def new_state(config: ConfigDict, dataset: data.Dataset) -> TrainState:
+    """The state before the first step."""
+    return create_state(
+        config_lib.build_model(config, dataset.num_classes),
+        build_optimizer(config),
+        dataset.train.images.shape[1:],
+        seed=config.seed,
+        perturbation_seed=config.perturbation.seed,
+    )
+
+
+def run_facts(config: ConfigDict, dataset: data.Dataset) -> records.Record:
+    """What the manifest says of this run beyond versions and devices."""
+    return {
+        'compiler_options': determinism.compiler_options(config.determinism.mode),
+        'execution': {
+            'determinism': config.determinism.mode,
+            'steps_per_call': config.steps_per_call,
+            'convolution': config.model.convolution,
+            'mesh': None,
+        },
+        'dataset': {
+            'name': config.dataset.name,
+            'train_examples': len(dataset.train.labels),
+            'eval_examples': len(dataset.eval.labels),
+            'train_sha256': dataset.train.sha256(),
+            'eval_sha256': dataset.eval.sha256(),
+        },
+    }
+
+
+def make_batch_function(
+    config: ConfigDict,
+) -> Callable[[TrainState, tuple[Batch, jax.Array]], Batch]:
+    """A pure (state, (training set, order of the epoch)) -> batch of the state's step."""
+    mean, std = (np.array(x, np.float32) for x in (config.dataset.mean, config.dataset.std))
+
+    def make_batch(state: TrainState, source: tuple[Batch, jax.Array]) -> Batch:
+        examples, order = source
+        indices = data.batch_indices(order, state.step, config.batch_size)
+        images = examples['image'][indices]
+        if config.dataset.augment:
+            key = jax.random.fold_in(state.keys['augmentation'], state.step)
+            images = data.augment(key, images)
+        return {'image': data.normalize(images, mean, std), 'label': examples['label'][indices]}
+
+    return make_batch
+
+
+def make_evaluation(
+    config: ConfigDict, dataset: data.Dataset, model: ConstNet
+) -> Callable[[TrainState], dict[str, float]]:
+    """A function state -> {'loss', 'accuracy'}, means over the whole held-out set."""
+    mean, std = (np.array(x, np.float32) for x in (config.dataset.mean, config.dataset.std))
+    eval_step = make_eval_step(
+        model,
+        lambda images: data.normalize(images, mean, std),
+        determinism=config.determinism.mode,
+    )
+    split = dataset.eval
+    size = min(EVAL_BATCH_SIZE, len(split.labels))
+    padding = -len(split.labels) % size
+    images = np.pad(split.images, ((0, padding), (0, 0), (0, 0), (0, 0)))
+    labels = np.pad(split.labels, (0, padding), constant_values=-1)
+    batches = [
+        jax.device_put((images[i : i + size], labels[i : i + size]))
+        for i in range(0, len(labels), size)
+    ]
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        variables = {'params': state.params, 'batch_stats': state.batch_stats}
+        sums = jax.device_get([eval_step(variables, *batch) for batch in batches])
+        loss = sum(float(each['loss']) for each in sums)
+        correct = sum(int(each['correct']) for each in sums)
+        return {'loss': loss / len(split.labels), 'accuracy': correct / len(split.labels)}
+
+    return evaluate
+
+
+def check_finite(state: TrainState, checkpoints: Checkpoints) -> None:
+    """Raises RunError if a step up to here gave a number that is not finite."""
+    step = int(state.nonfinite_at_step)
+    if step >= 0:
+        checkpoints.wait()
+        raise RunError(
+            f'step {step}: loss, gradient or weights are not finite; the last good checkpoint is '
+            f'that of step {checkpoints.latest_step}; try a lower optimizer.learning_rate'
+        )
+
+
+def summarize(
+    state: TrainState, metrics: records.Metrics, feature_axes: Any, seconds: float
+) -> records.Record:
+    """What `summary.json` holds; the fields are explained in the README."""
+    symmetry_line = metrics.of_kind('symmetry')[-1]
+    broken_at_step = int(state.broken_at_step)
+    if broken_at_step < 0 and symmetry_line['asymmetry'] > 0:
+        broken_at_step = int(state.step)  # the very last update broke it
+    evaluations = metrics.of_kind('eval')
+    return {
+        'step': int(state.step),
+        'train_loss': metrics.of_kind('train')[-1]['loss'],
+        'eval_accuracy': evaluations[-1]['accuracy'],
+        'best_eval_accuracy': max(line['accuracy'] for line in evaluations),
+        'asymmetry': symmetry_line['asymmetry'],
+        'unique_features': symmetry_line['unique_features'],
+        'broken_at_step': None if broken_at_step < 0 else broken_at_step,
+        'params_sha256': records.params_sha256(jax.device_get(state.params)),
+        'seconds': round(seconds, 1),
+    }
