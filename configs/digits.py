@@ -25,4 +25,7 @@ def get_config() -> ConfigDict:
     config.dataset.name = 'digits'
     config.perturbation.kind = 'gaussian'
     config.perturbation.scale = 1e-6
+    config.optimizer.learning_rate = 0.1
+    config.optimizer.weight_decay = 1e-2  # few images: the paper's 5e-4 overfits
+    config.optimizer.drop_at = (0.6, 0.85)
     return config

@@ -1,6 +1,5 @@
 """Orbax checkpoints of all that decides the next step."""
 
-import logging
 import pathlib
 from typing import Self
 
@@ -21,8 +20,6 @@ class Checkpoints:
     """
 
     def __init__(self, directory: pathlib.Path) -> None:
-        # Orbax reports each save at INFO and warns of what single-host use never meets.
-        logging.getLogger('absl').setLevel(logging.ERROR)
         self._checkpointer = ocp.training.Checkpointer(
             directory.absolute(),
             preservation_policy=ocp.training.preservation_policies.LatestN(KEEP),

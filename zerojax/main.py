@@ -19,10 +19,13 @@ def main(argv: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     # Imported only now, so that a signal during these slow imports ends in the right status too.
+    from absl import logging
+
     from zerojax.cli import parse_flags
     from zerojax.errors import RunError, UsageError
     from zerojax.train import Stopped, train
 
+    logging.set_verbosity(logging.ERROR)  # Orbax and TFDS warn of what is normal here
     try:
         train(*parse_flags(argv))
     except UsageError as error:

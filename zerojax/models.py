@@ -65,7 +65,7 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x_BxHxWxC: jax.Array) -> jax.Array:
         shape = (self.kernel_size, self.kernel_size, x_BxHxWxC.shape[-1], self.features)
-        kernel = self.param('kernel', self.kernel_init, shape)
+        kernel = self.param('kernel', self.kernel_init, shape, jnp.float32)
         convolve = {'direct': convolve_direct, 'patches': convolve_patches}[self.convolution]
         return convolve(x_BxHxWxC.astype(kernel.dtype), kernel, self.stride)
 

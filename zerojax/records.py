@@ -92,7 +92,11 @@ class Metrics:
         self._path = workdir / 'metrics.jsonl'
         self.lines = self._keep_until(step)
         self._file = open(self._path, 'a')
-        self._tensorboard = SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1)
+        self._tensorboard = SummaryWriter(
+            str(workdir / 'tensorboard'),
+            purge_step=step + 1,
+            filename_suffix=f'.{step}.{os.getpid()}',  # a resume within a second is another file
+        )
 
     def __enter__(self) -> Self:
         return self

@@ -129,7 +129,7 @@ def train_step_function(
         metrics = {
             'loss': loss,
             'accuracy': jnp.mean(correct_B, dtype=loss.dtype),
-            'grad_norm': optax.global_norm(grads),
+            'grad_norm': optax.tree.norm(grads),
         }
         finite = _all_finite((metrics, params, batch_stats, opt_state))
         new_state = state.replace(

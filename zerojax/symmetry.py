@@ -21,6 +21,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 Tree = Any
 Path = tuple[str, ...]
 
+_UINTS = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
+
 
 def _leaves(tree: Tree, feature_axes: Tree) -> Iterator[tuple[Path, Any, list[int]]]:
     """Path, array and indices of the named axes, for every array of the tree."""
@@ -39,7 +41,11 @@ def _first(x: jax.Array, axis: int) -> jax.Array:
 
 
 def _equal_along(x: jax.Array, axes: list[int]) -> jax.Array:
-    return jnp.all(jnp.array([jnp.all(x == _first(x, axis)) for axis in axes]))
+    # Bits are compared, not values: XLA's comparison takes subnormal numbers for 0.
+    bits = jax.lax.bitcast_convert_type(x, _UINTS[x.dtype.itemsize])
+    negative_zero = jax.lax.bitcast_convert_type(jnp.asarray(-0.0, x.dtype), bits.dtype)
+    bits = jnp.where(bits == negative_zero, jnp.zeros_like(bits), bits)
+    return jnp.all(jnp.array([jnp.all(bits == _first(bits, axis)) for axis in axes]))
 
 
 def is_symmetric(tree: Tree, feature_axes: Tree) -> jax.Array:
@@ -70,8 +76,9 @@ def asymmetry(tree: Tree, feature_axes: Tree) -> dict[str, jax.Array]:
             deviation = jnp.max(
                 jnp.stack([jnp.max(jnp.abs(x - _first(x, axis))) for axis in axes])
             )
-            # A difference so small that the quotient underflows is still a difference.
-            relative = jnp.maximum(deviation / jnp.max(jnp.abs(x)), jnp.finfo(x.dtype).tiny)
+            # A difference so small that the arithmetic loses it is still a difference.
+            tiny = jnp.finfo(x.dtype).tiny
+            relative = jnp.maximum(deviation / jnp.maximum(jnp.max(jnp.abs(x)), tiny), tiny)
             relative = jnp.where(_equal_along(x, axes), jnp.zeros_like(relative), relative)
             layers.setdefault('/'.join(path[:-1]), []).append(relative)
     return {layer: jnp.max(jnp.stack(values)) for layer, values in layers.items()}

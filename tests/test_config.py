@@ -1,0 +1,96 @@
+import importlib.util
+import pathlib
+
+import pytest
+
+from zerojax.cli import default_workdir, parse_flags
+from zerojax.config import check, default_config
+from zerojax.errors import UsageError
+
+CONFIGS = sorted((pathlib.Path(__file__).parent.parent / 'configs').glob('*.py'))
+
+
+@pytest.fixture
+def config():
+    config = default_config()
+    config.num_steps = 10
+    config.dataset.name = 'digits'
+    return config
+
+
+def test_the_fixture_is_right(config):
+    check(config)
+
+
+@pytest.mark.parametrize(
+    'field,value,allowed',
+    [
+        ('seed', -1, 'from 0 to'), ('seed', True, 'of type int'), ('num_steps', 0, 'from 1 to'),
+        ('num_steps', 2**31, 'from 1 to'), ('num_epochs', 3, 'exactly one'),
+        ('num_steps', None, 'exactly one'), ('batch_size', 0, 'from 1 to'),
+        ('log_every_steps', 0, 'from 1 to'), ('eval_every_steps', -5, 'from 1 to'),
+        ('checkpoint_every_steps', 0, 'from 1 to'), ('steps_per_call', 0, 'from 1 to'),
+        ('model.name', 'resnet', "allowed: 'constnet'"), ('model.depth', 11, r'3n \+ 4'),
+        ('model.width', 0, 'at least 1'), ('model.init', 'he', 'averaging, random'),
+        ('model.dropout', 1.0, 'below 1'), ('model.shortcut', 'x', 'post_relu, pre_relu'),
+        ('model.convolution', 'x', 'direct, patches'),
+        ('dataset.name', 'imagenet', 'digits, cifar10, fashion_mnist'),
+        ('dataset.mean', (1.0,), 'as many'), ('dataset.std', (0.0,), 'above 0'),
+        ('dataset.mean', ('a',), 'tuple of numbers'),
+        ('determinism.mode', 'maybe', 'deterministic, hardware'),
+        ('perturbation.kind', 'x', 'none, gaussian'), ('perturbation.scale', -1.0, 'at least 0'),
+        ('perturbation.scale', float('nan'), 'finite'), ('perturbation.seed', -1, 'from 0 to'),
+        ('perturbation.at_step', -1, 'from 0'), ('perturbation.every', -1, 'from 0'),
+        ('perturbation.layers', '(', 'regular expression'),
+        ('optimizer.learning_rate', float('inf'), 'finite'), ('optimizer.momentum', 1.0, 'below 1'),
+        ('optimizer.weight_decay', -1.0, '>= 0'), ('optimizer.drop_at', (0.5, 0.2), 'rising'),
+        ('optimizer.drop_at', (1.5,), 'between 0 and 1'), ('optimizer.drop_factor', -1.0, '>= 0'),
+        ('symmetry.project', 1, 'of type bool'),
+    ],
+)  # fmt: skip
+def test_a_bad_value_is_refused_by_field_value_and_what_is_allowed(config, field, value, allowed):
+    group, _, name = field.rpartition('.')
+    with config.ignore_type():
+        (config[group] if group else config)[name] = value
+    with pytest.raises(UsageError, match=rf'{field}=.*{allowed}') as error:
+        check(config)
+    assert '\n' not in str(error.value)
+
+
+def test_unknown_and_missing_fields_are_named(config):
+    with config.unlocked():
+        config.model.detph = 3
+    with pytest.raises(UsageError, match=r'model\.detph: no such field; allowed: .*model\.depth'):
+        check(config)
+    config = default_config()
+    with config.unlocked():
+        del config.optimizer.momentum
+    with pytest.raises(UsageError, match=r'optimizer\.momentum: missing'):
+        check(config)
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
+def test_every_config_is_valid_and_says_how_to_run_it(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    check(module.get_config())
+    assert f'python -m zerojax.main --config=configs/{path.name}' in module.__doc__
+    if f'{path.name}:trial' in module.__doc__:
+        check(module.get_config('trial'))
+        with pytest.raises(ValueError, match='trial'):
+            module.get_config('trail')
+
+
+def test_default_workdir():
+    assert default_workdir('configs/digits.py') == 'runs/digits'
+    assert default_workdir('/a/b.c/cifar.py:trial') == 'runs/cifar_trial'
+
+
+def test_flags_override_fields():
+    argv = ['main', f'--config={CONFIGS[0].parent}/digits.py', '--config.model.width=3',
+            '--config.optimizer.drop_at=(0.1,0.2)', '--workdir=w']  # fmt: skip
+    config, workdir = parse_flags(argv)
+    assert config.model.width == 3
+    assert config.optimizer.drop_at == (0.1, 0.2)
+    assert workdir == pathlib.Path('w')

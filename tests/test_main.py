@@ -1,0 +1,178 @@
+"""The command line as a user meets it: exit statuses, messages, kill and resume."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+DIGITS = f'--config={ROOT}/configs/digits.py'
+# The digits run made short: ConstNet-7-1, 44 steps, a checkpoint every 3 steps.
+SHORT = [
+    DIGITS, '--config.num_steps=44', '--config.model.depth=7', '--config.log_every_steps=4',
+    '--config.eval_every_steps=10', '--config.checkpoint_every_steps=3',
+    '--config.steps_per_call=2',
+]  # fmt: skip
+
+
+def command(*arguments):
+    return [sys.executable, '-m', 'zerojax.main', *map(str, arguments)]
+
+
+def environment(**extra):
+    # One device, as a user has; not the two of conftest.
+    return {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'} | extra
+
+
+def run(*arguments, **extra):
+    return subprocess.run(
+        command(*arguments), capture_output=True, text=True, timeout=300, cwd=ROOT,
+        env=environment(**extra),
+    )  # fmt: skip
+
+
+def start(*arguments):
+    return subprocess.Popen(
+        command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        env=environment(),
+    )  # fmt: skip
+
+
+def wait_for(condition, process):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def summary(workdir):
+    return json.loads((workdir / 'summary.json').read_text())
+
+
+def latest_checkpoint(workdir):
+    folder = workdir / 'checkpoints'
+    return max((int(p.name) for p in folder.glob('*') if p.name.isdigit()), default=-1)
+
+
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp('undisturbed')
+    done = run(*SHORT, f'--workdir={workdir}')
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == '', 'a run that goes well has nothing to complain of'
+    assert 'starting at step 0 of 44' in done.stdout
+    assert len(re.findall(r'^step \d+/44 .*accuracy', done.stdout, re.M)) == 6
+    return workdir
+
+
+def test_a_second_process_gives_the_same_weights_and_records(undisturbed, tmp_path):
+    done = run(*SHORT, f'--workdir={tmp_path}')
+    assert done.returncode == 0, done.stderr
+    assert summary(tmp_path)['params_sha256'] == summary(undisturbed)['params_sha256']
+    metrics = 'metrics.jsonl'
+    assert (tmp_path / metrics).read_bytes() == (undisturbed / metrics).read_bytes()
+
+
+def test_killed_again_and_again_it_ends_in_the_same_weights_and_records(undisturbed, tmp_path):
+    for step in (6, 21):
+        process = start(*SHORT, f'--workdir={tmp_path}')
+        wait_for(lambda step=step: latest_checkpoint(tmp_path) >= step, process)
+        process.kill()
+        process.communicate()
+    done = run(*SHORT, f'--workdir={tmp_path}')
+    assert done.returncode == 0, done.stderr
+    assert re.search(r'^RESUMING at step \d+ of 44', done.stdout)
+    assert summary(tmp_path)['params_sha256'] == summary(undisturbed)['params_sha256']
+    metrics = 'metrics.jsonl'
+    assert (tmp_path / metrics).read_bytes() == (undisturbed / metrics).read_bytes()
+    starts = json.loads((tmp_path / 'manifest.json').read_text())['starts']
+    assert len(starts) == 3
+    assert starts[0]['step'] == 0 < starts[1]['step'] <= starts[2]['step']
+
+
+@pytest.mark.parametrize('number,status', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_same_command_resumes(undisturbed, tmp_path, number, status):
+    process = start(*SHORT, f'--workdir={tmp_path}')
+    wait_for(lambda: latest_checkpoint(tmp_path) >= 3, process)
+    process.send_signal(signal.SIGSTOP)  # so that it does not finish meanwhile
+    second = run(*SHORT, f'--workdir={tmp_path}')
+    assert second.returncode == 2
+    assert 'another process is training in it' in second.stderr
+    process.send_signal(number)
+    process.send_signal(signal.SIGCONT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status
+    stopped_at = int(re.search(r'stopped and saved at step (\d+)', errors)[1])
+    assert latest_checkpoint(tmp_path) == stopped_at
+    assert not (tmp_path / 'summary.json').exists()
+    done = run(*SHORT, f'--workdir={tmp_path}')
+    assert f'RESUMING at step {stopped_at} of 44' in done.stdout
+    assert summary(tmp_path)['params_sha256'] == summary(undisturbed)['params_sha256']
+
+
+def test_a_digits_run_imports_neither_tensorflow_nor_tfds(undisturbed):
+    code = (
+        'import sys; from zerojax.main import main; '
+        f'status = main(["main", *{SHORT!r}, "--workdir={undisturbed}"]); '
+        'assert status == 0; assert "tensorflow" not in sys.modules; '
+        'assert "tensorflow_datasets" not in sys.modules'
+    )
+    subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, env=environment())
+
+
+@pytest.mark.parametrize(
+    'arguments,message',
+    [
+        ([], r'--config: missing'),
+        (['--config=nowhere.py'], r'nowhere\.py'),
+        ([DIGITS + ':full'], r'get_config\(\) takes 0 positional arguments'),
+        ([DIGITS, '--config.model.depht=7'], r'model\.depht: no such field; allowed: .*depth'),
+        ([DIGITS, '--config.num_steps=many'], r'config\.num_steps=many'),
+        ([DIGITS, '--config.num_steps=0'], r'num_steps=0: must be from 1'),
+        ([DIGITS, '--config.model.depth=11'], r'model\.depth=11: must be 3n \+ 4'),
+        ([DIGITS, '--config.perturbation.scale=-1'], r'perturbation\.scale=-1\.0'),
+        ([DIGITS, '--config.dataset.name=imagenet'], r"dataset\.name='imagenet': .*digits"),
+        ([DIGITS, '--wrkdir=x'], r"Unknown command line flag 'wrkdir'"),
+        ([DIGITS, 'extra'], r"unexpected argument 'extra'"),
+        ([DIGITS, '--workdir=/proc/none/x'], r'--workdir=/proc/none/x: cannot be written'),
+    ],
+)
+def test_a_mistake_exits_2_with_one_line(arguments, message, tmp_path):
+    if not any('workdir' in argument for argument in arguments):
+        arguments = [*arguments, f'--workdir={tmp_path}/run']
+    done = run(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert re.search(message, done.stderr), done.stderr
+    assert done.stderr.count('\n') == 1, done.stderr
+    assert done.stderr.startswith('error: ')
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_set_that_cannot_be_had_is_an_error_within_20_s(tmp_path):
+    """A proxy that refuses stands for a machine without a network."""
+    began = time.monotonic()
+    done = run(
+        f'--config={ROOT}/configs/cifar.py:trial', f'--config.dataset.data_dir={tmp_path}/data',
+        f'--workdir={tmp_path}/run', https_proxy='http://127.0.0.1:9', http_proxy='http://127.0.0.1:9',
+        no_proxy='',
+    )  # fmt: skip
+    assert time.monotonic() - began < 20
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count('\n') == 1, done.stderr
+    for hint in ('cifar-10-binary.tar.gz', f'{tmp_path}/data/downloads/manual', 'configs/digits.py',
+                 '--config.dataset.data_dir'):  # fmt: skip
+        assert hint in done.stderr
+    assert not (tmp_path / 'run').exists()
+
+
+def test_help():
+    done = run('--help')
+    assert done.returncode == 0
+    assert '--config=configs/NAME.py' in done.stdout

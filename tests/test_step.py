@@ -1,0 +1,182 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from zerojax import models, optimizer, perturb, step, symmetry
+
+SHAPE = (8, 8, 1)
+
+
+def setup(perturbation=perturb.Perturbation(), project=False, **model_arguments):
+    arguments = {'depth': 7, 'width': 1, 'convolution': 'patches'} | model_arguments
+    model = models.create('constnet', **arguments)
+    tx = optimizer.sgd(optax.constant_schedule(0.05), 0.9, False, 5e-4)
+    state = step.create_state(model, tx, SHAPE, seed=0, perturbation_seed=0)
+    train_step = step.make_train_step(model, tx, perturbation=perturbation, project=project)
+    return model, tx, state, train_step
+
+
+def batches(count):
+    keys = jax.random.split(jax.random.key(7), count)
+    return [
+        {
+            'image': jax.random.normal(key, (16, *SHAPE)),
+            'label': jax.random.randint(key, (16,), 0, 10),
+        }
+        for key in keys
+    ]
+
+
+def run(train_step, state, count):
+    for batch in batches(count):
+        state, metrics = train_step(state, batch)
+    return state, metrics
+
+
+def bits(tree):
+    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
+
+
+@pytest.mark.parametrize(
+    'convolution,shortcut,width',
+    [
+        ('direct', 'post_relu', 1), ('direct', 'pre_relu', 2),
+        ('patches', 'post_relu', 2), ('patches', 'pre_relu', 1),
+    ],
+)  # fmt: skip
+def test_without_perturbation_features_stay_bitwise_identical(convolution, shortcut, width):
+    model, _, state, train_step = setup(convolution=convolution, shortcut=shortcut, width=width)
+    before = bits(state.params)
+    state, metrics = run(train_step, state, 10)
+    axes = model.feature_axes()
+    assert bits(state.params) != before
+    assert metrics['grad_norm'] > 0
+    assert symmetry.is_symmetric(state.params, axes['params'])
+    assert symmetry.is_symmetric(state.batch_stats, axes['batch_stats'])
+    assert state.broken_at_step == -1
+    assert state.nonfinite_at_step == -1
+
+
+@pytest.mark.parametrize('at_step', [0, 4])
+def test_a_perturbation_breaks_symmetry_at_its_step_and_nothing_before(at_step):
+    perturbation = perturb.Perturbation('gaussian', 1e-6, at_step=at_step)
+    model, _, state, train_step = setup(perturbation)
+    _, _, plain_state, plain_step = setup()
+    for number, batch in enumerate(batches(8)):
+        state, _ = train_step(state, batch)
+        plain_state, _ = plain_step(plain_state, batch)
+        # The state after update number at_step is the first that the perturbation can differ in.
+        same = bits((state.params, state.opt_state)) == bits(
+            (plain_state.params, plain_state.opt_state)
+        )
+        assert same == (number < at_step)
+        assert state.broken_at_step == (-1 if number < at_step else at_step)
+
+
+def test_dropout_breaks_symmetry_without_any_perturbation():
+    _, _, state, train_step = setup(dropout=0.1)
+    state, _ = run(train_step, state, 4)
+    assert 0 < state.broken_at_step <= 3
+
+
+def test_projection_removes_asymmetry_and_changes_nothing_where_there_is_none():
+    perturbation = perturb.Perturbation('gaussian', 1e-2)
+    model, _, state, train_step = setup(perturbation, project=True)
+    state, _ = run(train_step, state, 3)
+    assert symmetry.is_symmetric(state.params, model.feature_axes()['params'])
+    assert symmetry.is_symmetric(state.batch_stats, model.feature_axes()['batch_stats'])
+    assert state.broken_at_step == 0
+
+    _, _, projected_state, projected_step = setup(project=True)
+    _, _, plain_state, plain_step = setup()
+    assert bits(run(projected_step, projected_state, 5)[0].params) == bits(
+        run(plain_step, plain_state, 5)[0].params
+    )
+
+
+def test_how_steps_are_split_into_calls_does_not_change_a_bit():
+    model, tx, _, _ = setup()
+    data = jax.tree.map(lambda *x: jnp.stack(x), *batches(10))
+    function = step.train_step_function(
+        model, tx, perturbation=perturb.Perturbation('gaussian', 1e-6)
+    )
+    steps = step.make_train_steps(
+        function,
+        lambda state, data: jax.tree.map(lambda x: x[state.step], data),
+        determinism='deterministic',
+        steps_per_call=3,
+    )
+    ends = []
+    for counts in ([1] * 10, [3, 3, 3, 1], [2, 1, 3, 2, 2]):
+        state = step.create_state(model, tx, SHAPE, seed=0, perturbation_seed=0)
+        for count in counts:
+            state, metrics = steps(state, data, np.int32(count))
+        ends.append(bits((state.params, state.batch_stats, state.opt_state, metrics)))
+    assert ends[0] == ends[1] == ends[2]
+
+
+def test_seeds_act_on_what_they_are_for_only():
+    model, tx, _, _ = setup(init='random')
+
+    def state(**seeds):
+        return step.create_state(model, tx, SHAPE, **({'seed': 0, 'perturbation_seed': 0} | seeds))
+
+    def key_bits(state, *names):
+        return [jax.random.key_data(state.keys[name]).tolist() for name in names]
+
+    base, other_seed, other_perturbation = state(), state(seed=1), state(perturbation_seed=1)
+    assert bits(base.params) != bits(other_seed.params)
+    assert bits(base.params) == bits(other_perturbation.params)
+    assert key_bits(base, 'perturbation') == key_bits(other_seed, 'perturbation')
+    assert key_bits(base, 'perturbation') != key_bits(other_perturbation, 'perturbation')
+    everything_else = step.KEY_PURPOSES
+    assert key_bits(base, *everything_else) == key_bits(other_perturbation, *everything_else)
+    distinct = key_bits(base, *everything_else, 'perturbation')
+    assert len({tuple(key) for key in distinct}) == 4
+
+
+def test_the_first_step_that_is_not_finite_is_remembered():
+    model, tx, state, train_step = setup()
+    for number, batch in enumerate(batches(4)):
+        if number == 2:
+            batch['image'] = batch['image'].at[0].set(jnp.inf)
+        state, _ = train_step(state, batch)
+    assert state.nonfinite_at_step == 3
+
+
+def test_the_states_buffers_are_donated():
+    _, _, state, train_step = setup()
+    kernel = state.params['stem']['kernel']
+    train_step(state, batches(1)[0])
+    assert kernel.is_deleted()
+
+
+def test_one_compilation_serves_all_steps():
+    traces = []
+    model, tx, state, _ = setup()
+    function = step.train_step_function(model, tx)
+
+    def counted(state, batch):
+        traces.append(None)
+        return function(state, batch)
+
+    jitted = jax.jit(counted)
+    for batch in batches(3):
+        state, _ = jitted(state, batch)
+    assert len(traces) == 1
+
+
+def test_evaluation_ignores_padding():
+    model, _, state, _ = setup(init='random')
+    state.params['head']['kernel'] += jax.random.normal(jax.random.key(0), (64, 10))
+    variables = {'params': state.params, 'batch_stats': state.batch_stats}
+    images = np.random.default_rng(0).normal(size=(6, *SHAPE)).astype(np.float32)
+    labels = np.array([1, 2, 3, 4, 5, 6], np.int32)
+    eval_step = step.make_eval_step(model, lambda x: x, determinism='deterministic')
+    padded = eval_step(variables, images, np.where(np.arange(6) < 4, labels, -1).astype(np.int32))
+    logits = np.asarray(model.apply(variables, images, train=False), np.float64)[:4]
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    assert padded['loss'] == pytest.approx(-log_p[np.arange(4), labels[:4]].sum(), rel=1e-5)
+    assert padded['correct'] == (logits.argmax(-1) == labels[:4]).sum()

@@ -1,0 +1,87 @@
+"""Weights of the paper's PyTorch code, in and out."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from zerojax.models import ConstNet
+
+# Our collection and last path element: the reference's last name.
+_BATCH_NORM = {
+    ('params', 'scale'): 'weight',
+    ('params', 'bias'): 'bias',
+    ('batch_stats', 'mean'): 'running_mean',
+    ('batch_stats', 'var'): 'running_var',
+}
+
+
+def _reference_name(path: tuple[str, ...]) -> str:
+    """('params', 'block1_0', 'conv', 'kernel') -> 'block1.layer.0.conv.weight'."""
+    collection, *modules, leaf = path
+    if modules == ['stem']:
+        return 'conv1.weight'
+    if modules == ['head']:
+        return {'kernel': 'fc.weight', 'bias': 'fc.bias'}[leaf]
+    block, module = modules
+    stage, layer = block.split('_')
+    module, last = {
+        'bn': ('bn', _BATCH_NORM.get((collection, leaf))),
+        'conv': ('conv', 'weight'),
+        'shortcut': ('conv_res', 'weight'),
+    }[module]
+    return f'{stage}.layer.{layer}.{module}.{last}'
+
+
+def from_reference(arrays: Mapping[str, Any], model: ConstNet) -> dict[str, Any]:
+    """The variables {'params', 'batch_stats'} of `model` from arrays under the PyTorch code's names.
+
+    Convolutions [c_out, c_in, k, k] become [k, k, c_in, c_out], the dense layer is transposed;
+    dtypes are kept as far as JAX's x64 mode allows. Names that the network does not use are ignored.
+
+    Raises:
+        ValueError: a name is missing, or an array's shape does not fit the model.
+    """
+    variables = {}
+    for path, axes in flatten_dict(model.feature_axes()).items():
+        name = _reference_name(path)
+        if name not in arrays:
+            raise ValueError(f'{name}: missing among the arrays')
+        array = np.asarray(arrays[name])
+        if array.ndim != len(axes):
+            raise ValueError(f'{name}: has shape {array.shape}, must have {len(axes)} axes')
+        variables[path] = jnp.asarray(_to_flax(array))
+    _check_widths(variables, model)
+    return unflatten_dict(variables)
+
+
+def to_reference(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The opposite of `from_reference`: arrays under the PyTorch code's names, in its layout."""
+    return {
+        _reference_name(path): _to_torch(np.asarray(x)) for path, x in flatten_dict(variables).items()
+    }
+
+
+def _to_flax(array: np.ndarray) -> np.ndarray:
+    return array.transpose({4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}[array.ndim])
+
+
+def _to_torch(array: np.ndarray) -> np.ndarray:
+    return array.transpose({4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[array.ndim])
+
+
+def _check_widths(variables: dict[tuple[str, ...], Any], model: ConstNet) -> None:
+    """Axes of one name must have one size, and each block the model's number of features."""
+    sizes = {'stem': 16} | {name: features for name, features, _ in model.blocks()}
+    for path, axes in flatten_dict(model.feature_axes()).items():
+        for axis, name in enumerate(axes):
+            size = variables[path].shape[axis]
+            if name is not None and size != sizes[name]:
+                raise ValueError(
+                    f'{_reference_name(path)}: {size} features where the model has {sizes[name]}'
+                )
+    classes = variables['params', 'head', 'bias'].shape[0]
+    if classes != model.num_classes:
+        raise ValueError(f'fc.bias: {classes} classes where the model has {model.num_classes}')
