@@ -31,11 +31,11 @@ def get_config(variant: str = '') -> ConfigDict:
     config.optimizer.drop_at = (159 / 300, 219 / 300, 259 / 300)  # from epochs 160, 220, 260 on
     if variant == 'trial':
         config.num_epochs = None
-        config.num_steps = 780
+        config.num_steps = 900
         config.batch_size = 64
         config.log_every_steps = 10
-        config.eval_every_steps = 78
-        config.checkpoint_every_steps = 156
+        config.eval_every_steps = 100
+        config.checkpoint_every_steps = 300
         config.model.depth = 10
         config.model.width = 1
         config.dataset.train_split = 'train[:5000]'
@@ -43,7 +43,8 @@ def get_config(variant: str = '') -> ConfigDict:
         config.determinism.mode = 'deterministic'
         config.perturbation.kind = 'gaussian'
         config.perturbation.scale = 1e-6
-        config.optimizer.drop_at = ()
+        config.optimizer.learning_rate = 0.1
+        config.optimizer.drop_at = (0.6, 0.85)
     elif variant:
         raise ValueError(f"variant {variant!r} of configs/fashion_mnist.py: must be 'trial'")
     return config

@@ -10,7 +10,9 @@ from PIL import Image
 
 def examples(split: str, count: int):
     for i in range(count):
-        pixels = np.random.default_rng([split == 'train', i]).integers(0, 256, (32, 32, 3), np.uint8)
+        pixels = np.random.default_rng([split == 'train', i]).integers(
+            0, 256, (32, 32, 3), np.uint8
+        )
         png = io.BytesIO()
         Image.fromarray(pixels).save(png, 'png')
         png.seek(0)

@@ -128,5 +128,3 @@ def test_a_damaged_set_is_named(prepared, tmp_path):
     record.write_bytes(record.read_bytes()[:100])
     with pytest.raises(UsageError, match=r'dataset\.data_dir: .* cannot be read'):
         data.load('cifar10', str(tmp_path / 'copy'), 'train', 'test')
-
-

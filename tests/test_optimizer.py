@@ -10,7 +10,16 @@ def test_the_papers_drops_fall_on_its_epochs():
     """300 epochs of 390 updates: 0.03, then times 0.2 from epochs 160, 220 and 260 on."""
     fractions = (159 / 300, 219 / 300, 259 / 300)
     schedule = optimizer.step_schedule(0.03, 300 * 390, fractions, 0.2)
-    for epoch, drops in ((1, 0), (159, 0), (160, 1), (219, 1), (220, 2), (259, 2), (260, 3), (300, 3)):
+    for epoch, drops in (
+        (1, 0),
+        (159, 0),
+        (160, 1),
+        (219, 1),
+        (220, 2),
+        (259, 2),
+        (260, 3),
+        (300, 3),
+    ):
         for update in ((epoch - 1) * 390, epoch * 390 - 1):
             assert schedule(update) == pytest.approx(0.03 * 0.2**drops, rel=1e-6), (epoch, update)
 

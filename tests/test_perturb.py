@@ -40,7 +40,8 @@ def test_only_the_chosen_parameters_change_and_their_noise_is_the_same():
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_the_same_key_gives_the_same_bits_another_key_others(dtype):
     first, again, other = (
-        gaussian(weights(dtype), key, 0.5)['stem']['kernel'] for key in (KEY, KEY, jax.random.key(4))
+        gaussian(weights(dtype), key, 0.5)['stem']['kernel']
+        for key in (KEY, KEY, jax.random.key(4))
     )
     assert first.dtype == dtype
     np.testing.assert_array_equal(first, again)

@@ -57,7 +57,10 @@ def test_tensorboard_holds_every_number_and_forgets_what_is_run_again(tmp_path):
         metrics.write(2, 'symmetry', asymmetry=0.125, unique_features={'stem': 5})
     events = EventAccumulator(str(tmp_path / 'tensorboard'))
     events.Reload()
-    for tag, values in (('symmetry/asymmetry', [0.5, 0.125]), ('symmetry/unique_features.stem', [3, 5])):
+    for tag, values in (
+        ('symmetry/asymmetry', [0.5, 0.125]),
+        ('symmetry/unique_features.stem', [3, 5]),
+    ):
         assert [(e.step, e.value) for e in events.Scalars(tag)] == list(enumerate(values, start=1))
 
 

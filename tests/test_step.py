@@ -9,7 +9,7 @@ from zerojax import models, optimizer, perturb, step, symmetry
 SHAPE = (8, 8, 1)
 
 
-def setup(perturbation=perturb.Perturbation(), project=False, **model_arguments):
+def setup(perturbation=perturb.NONE, project=False, **model_arguments):
     arguments = {'depth': 7, 'width': 1, 'convolution': 'patches'} | model_arguments
     model = models.create('constnet', **arguments)
     tx = optimizer.sgd(optax.constant_schedule(0.05), 0.9, False, 5e-4)
@@ -62,7 +62,7 @@ def test_without_perturbation_features_stay_bitwise_identical(convolution, short
 @pytest.mark.parametrize('at_step', [0, 4])
 def test_a_perturbation_breaks_symmetry_at_its_step_and_nothing_before(at_step):
     perturbation = perturb.Perturbation('gaussian', 1e-6, at_step=at_step)
-    model, _, state, train_step = setup(perturbation)
+    _, _, state, train_step = setup(perturbation)
     _, _, plain_state, plain_step = setup()
     for number, batch in enumerate(batches(8)):
         state, _ = train_step(state, batch)
@@ -138,7 +138,7 @@ def test_seeds_act_on_what_they_are_for_only():
 
 
 def test_the_first_step_that_is_not_finite_is_remembered():
-    model, tx, state, train_step = setup()
+    _, _, state, train_step = setup()
     for number, batch in enumerate(batches(4)):
         if number == 2:
             batch['image'] = batch['image'].at[0].set(jnp.inf)

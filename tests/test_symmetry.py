@@ -15,7 +15,9 @@ AXES = {
 def symmetric_tree(dtype=jnp.float32):
     rng = np.random.default_rng(0)
     return {
-        'conv': {'kernel': jnp.asarray(np.tile(rng.normal(size=(3, 3, 1, 1)), (1, 1, 5, 7)), dtype)},
+        'conv': {
+            'kernel': jnp.asarray(np.tile(rng.normal(size=(3, 3, 1, 1)), (1, 1, 5, 7)), dtype)
+        },
         'bn': {'scale': jnp.full(7, 0.3, dtype), 'bias': jnp.zeros(7, dtype)},
         'head': {
             'kernel': jnp.asarray(np.tile(rng.normal(size=(1, 4)), (7, 1)), dtype),
@@ -78,9 +80,7 @@ def test_unique_features_counts_distinct_slices_of_the_last_named_axis():
 
 def test_projection_is_symmetric_idempotent_and_keeps_symmetric_trees_bit_for_bit():
     tree = symmetric_tree()
-    noisy = jax.tree.map(
-        lambda x: x + jax.random.normal(jax.random.key(1), x.shape, x.dtype), tree
-    )
+    noisy = jax.tree.map(lambda x: x + jax.random.normal(jax.random.key(1), x.shape, x.dtype), tree)
     projected = symmetry.project(noisy, AXES)
     assert not symmetry.is_symmetric(noisy, AXES)
     assert symmetry.is_symmetric(projected, AXES)

@@ -14,7 +14,6 @@ def lines(workdir, kind):
     return [record for record in records if record['kind'] == kind]
 
 
-
 def test_a_run_leaves_what_the_contract_says(tiny_config, tmp_path):
     summary = train(tiny_config, tmp_path)
     assert json.loads((tmp_path / 'summary.json').read_text()) == summary
@@ -47,7 +46,7 @@ def test_a_run_leaves_what_the_contract_says(tiny_config, tmp_path):
 
     # And no other config may use its workdir.
     tiny_config.perturbation.scale = 1e-5
-    with pytest.raises(UsageError, match='perturbation.scale is 1e-06 there and 1e-05 here'):
+    with pytest.raises(UsageError, match=r'perturbation\.scale is 1e-06 there and 1e-05 here'):
         train(tiny_config, tmp_path)
 
 

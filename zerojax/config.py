@@ -163,7 +163,7 @@ def _check_type(field: str, value: Any, default: Any, optional: bool) -> None:
     kind = _OPTIONAL[field] if optional else type(default)
     if type(value) is not kind:
         raise UsageError(f'{field}={value!r}: must be of type {kind.__name__}')
-    if kind is tuple and not all(type(each) in (int, float) for each in value):
+    if isinstance(value, tuple) and not all(type(each) in (int, float) for each in value):
         raise UsageError(f'{field}={value!r}: must be a tuple of numbers')
 
 

@@ -54,7 +54,8 @@ def load(name: str, data_dir: str | None, train_split: str, eval_split: str) -> 
 
     Args:
         name: 'digits' (scikit-learn's 8x8 digits, part of its package, split at random, stratified
-            by class, into 1437 to train on and 360 held out) or the name of a TensorFlow Datasets set.
+            by class, into 1437 to train on and 360 held out) or the name of a TensorFlow Datasets
+            set.
         data_dir: where prepared TFDS sets are; None is TFDS's default place.
         train_split, eval_split: TFDS split expressions such as 'train[:5000]'; for digits only
             'train' and 'test' exist.
@@ -85,7 +86,9 @@ def _load_digits(train_split: str, eval_split: str) -> Dataset:
     }
     for field, split in (('train_split', train_split), ('eval_split', eval_split)):
         if split not in splits:
-            raise UsageError(f"dataset.{field}={split!r}: digits have the splits 'train' and 'test'")
+            raise UsageError(
+                f"dataset.{field}={split!r}: digits have the splits 'train' and 'test'"
+            )
     return Dataset(splits[train_split], splits[eval_split], num_classes=10)
 
 
@@ -211,7 +214,7 @@ def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return pixels.mean(0, np.float64).astype('f4'), pixels.std(0, np.float64).astype('f4')
 
 
-def normalize(images_BxHxWxC: jax.Array, mean_C: jax.Array, std_C: jax.Array) -> jax.Array:
+def normalize(images_BxHxWxC: jax.Array, mean_C: np.ndarray, std_C: np.ndarray) -> jax.Array:
     """(uint8 images - mean) / std as float32; mean and std in units of 0 to 255."""
     return (images_BxHxWxC.astype(jnp.float32) - mean_C[None, None, None]) / std_C[None, None, None]
 

@@ -44,7 +44,11 @@ def draw_run(lines: list[Record], broken_at_step: int | None, path: pathlib.Path
     for axes in (loss, accuracy, asymmetry):
         if broken_at_step is not None:
             axes.axvline(
-                broken_at_step, color='0.3', ls='--', lw=1, label=f'symmetry broken at {broken_at_step}'
+                broken_at_step,
+                color='0.3',
+                ls='--',
+                lw=1,
+                label=f'symmetry broken at {broken_at_step}',
             )
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8, frameon=False)

@@ -3,6 +3,9 @@
 Kernels are laid out as Flax has them: [k, k, c_in, c_out].
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.nn.initializers import Initializer, variance_scaling
@@ -15,12 +18,15 @@ def averaging() -> Initializer:
     features are identical. The kernel's sides must be odd; ValueError otherwise.
     """
 
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    def init(
+        key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32, out_sharding: Any = None
+    ) -> jax.Array:
         del key
         height, width, c_in, _ = shape
         if height % 2 == 0 or width % 2 == 0:
             raise ValueError(f'averaging needs a kernel with a centre tap, not {height}x{width}')
-        return jnp.zeros(shape, dtype).at[height // 2, width // 2].set(1 / c_in)
+        kernel = jnp.zeros(shape, dtype, out_sharding=out_sharding)
+        return kernel.at[height // 2, width // 2].set(1 / c_in)
 
     return init
 

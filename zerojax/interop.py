@@ -36,10 +36,11 @@ def _reference_name(path: tuple[str, ...]) -> str:
 
 
 def from_reference(arrays: Mapping[str, Any], model: ConstNet) -> dict[str, Any]:
-    """The variables {'params', 'batch_stats'} of `model` from arrays under the PyTorch code's names.
+    """Flax variables {'params', 'batch_stats'} from arrays under the PyTorch code's names.
 
     Convolutions [c_out, c_in, k, k] become [k, k, c_in, c_out], the dense layer is transposed;
-    dtypes are kept as far as JAX's x64 mode allows. Names that the network does not use are ignored.
+    dtypes are kept as far as JAX's x64 mode allows. Names that the network does not use are
+    ignored.
 
     Raises:
         ValueError: a name is missing, or an array's shape does not fit the model.
@@ -60,7 +61,8 @@ def from_reference(arrays: Mapping[str, Any], model: ConstNet) -> dict[str, Any]
 def to_reference(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The opposite of `from_reference`: arrays under the PyTorch code's names, in its layout."""
     return {
-        _reference_name(path): _to_torch(np.asarray(x)) for path, x in flatten_dict(variables).items()
+        _reference_name(path): _to_torch(np.asarray(x))
+        for path, x in flatten_dict(variables).items()
     }
 
 

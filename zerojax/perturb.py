@@ -51,6 +51,9 @@ class Perturbation:
             raise ValueError(f'layers={self.layers!r}: not a regular expression: {error}') from None
 
 
+NONE = Perturbation()
+
+
 def chosen(params: Tree, layers: str) -> list[str]:
     """Paths of the parameters that the regular expression `layers` chooses, sorted."""
     return sorted(path for path in flatten_dict(params, sep='/') if re.match(layers, path))

@@ -19,7 +19,9 @@ class Progress:
 
     def update(self, step: int, **values: float) -> None:
         """Moves to `step` and shows the values."""
-        self._bar.set_postfix({name: f'{value:.3g}' for name, value in values.items()}, refresh=False)
+        self._bar.set_postfix(
+            {name: f'{value:.3g}' for name, value in values.items()}, refresh=False
+        )
         self._bar.update(step - self._bar.n)
 
     def say(self, message: str) -> None:

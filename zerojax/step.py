@@ -95,7 +95,7 @@ def train_step_function(
     model: ConstNet,
     tx: optax.GradientTransformation,
     *,
-    perturbation: perturb.Perturbation = perturb.Perturbation(),
+    perturbation: perturb.Perturbation = perturb.NONE,
     project: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The train step as a pure function that is not jitted; see `make_train_step`."""
@@ -132,11 +132,12 @@ def train_step_function(
             'grad_norm': optax.tree.norm(grads),
         }
         finite = _all_finite((metrics, params, batch_stats, opt_state))
-        new_state = state.replace(
+        new_state = TrainState(
             step=state.step + 1,
             params=params,
             batch_stats=batch_stats,
             opt_state=opt_state,
+            keys=state.keys,
             broken_at_step=_first_time(state.broken_at_step, ~symmetric, state.step),
             nonfinite_at_step=_first_time(state.nonfinite_at_step, ~finite, state.step + 1),
         )
@@ -150,7 +151,7 @@ def make_train_step(
     tx: optax.GradientTransformation,
     *,
     determinism: str = 'deterministic',
-    perturbation: perturb.Perturbation = perturb.Perturbation(),
+    perturbation: perturb.Perturbation = perturb.NONE,
     project: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A jitted train step (state, batch) -> (state, metrics); the state's buffers are donated.
@@ -190,18 +191,14 @@ def make_train_steps(
     def one_step(state: TrainState, data: Tree) -> tuple[TrainState, Metrics]:
         return train_step(state, make_batch(state, data))
 
-    def many_steps(
-        state: TrainState, data: Tree, count: jax.Array
-    ) -> tuple[TrainState, Metrics]:
+    def many_steps(state: TrainState, data: Tree, count: jax.Array) -> tuple[TrainState, Metrics]:
         shapes = jax.eval_shape(one_step, state, data)[1]
         metrics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         return jax.lax.fori_loop(
             0, count, lambda _, carry: one_step(carry[0], data), (state, metrics)
         )
 
-    def single_step(
-        state: TrainState, data: Tree, count: jax.Array
-    ) -> tuple[TrainState, Metrics]:
+    def single_step(state: TrainState, data: Tree, count: jax.Array) -> tuple[TrainState, Metrics]:
         del count
         return one_step(state, data)
 
@@ -220,7 +217,7 @@ def make_eval_step(
     """
 
     def eval_step(variables: Tree, images: jax.Array, labels_B: jax.Array) -> Metrics:
-        logits_BxN = model.apply(variables, preprocess(images), train=False)
+        logits_BxN: Any = model.apply(variables, preprocess(images), train=False)
         real_B = labels_B >= 0
         losses_B = jnp.where(real_B, cross_entropy(logits_BxN, labels_B), 0.0)
         correct_B = real_B & (jnp.argmax(logits_BxN, axis=-1) == labels_B)

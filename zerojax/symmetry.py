@@ -73,9 +73,7 @@ def asymmetry(tree: Tree, feature_axes: Tree) -> dict[str, jax.Array]:
     layers: dict[str, list[jax.Array]] = {}
     for path, x, axes in _leaves(tree, feature_axes):
         if axes:
-            deviation = jnp.max(
-                jnp.stack([jnp.max(jnp.abs(x - _first(x, axis))) for axis in axes])
-            )
+            deviation = jnp.max(jnp.stack([jnp.max(jnp.abs(x - _first(x, axis))) for axis in axes]))
             # A difference so small that the arithmetic loses it is still a difference.
             tiny = jnp.finfo(x.dtype).tiny
             relative = jnp.maximum(deviation / jnp.maximum(jnp.max(jnp.abs(x)), tiny), tiny)
@@ -101,7 +99,8 @@ def unique_features(tree: Tree, feature_axes: Tree) -> dict[str, int]:
             rows = features.reshape(len(features), -1) + np.zeros((), x.dtype)  # -0.0 + 0.0 is 0.0
             layers.setdefault('/'.join(path[:-1]), []).append(rows)
     return {
-        layer: len(np.unique(np.concatenate(rows, axis=1), axis=0)) for layer, rows in layers.items()
+        layer: len(np.unique(np.concatenate(rows, axis=1), axis=0))
+        for layer, rows in layers.items()
     }
 
 

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -102,9 +101,7 @@ def _train(
         determinism=mode,
         steps_per_call=config.steps_per_call,
     )
-    epoch_order = jit(
-        functools.partial(data.epoch_order, num_examples=len(dataset.train.labels))
-    )
+    epoch_order = jit(functools.partial(data.epoch_order, num_examples=len(dataset.train.labels)))
     evaluate = make_evaluation(config, dataset, model)
     measure_asymmetry = jit(functools.partial(symmetry.asymmetry, feature_axes=feature_axes))
 
@@ -159,23 +156,19 @@ def _train(
             state, last_metrics = train_steps(state, (device_data, order), np.int32(count))
             step += count
 
-            def due(every: int) -> bool:
-                return step % every == 0 or step == config.num_steps
-
-            if due(config.log_every_steps):
+            last = step == config.num_steps
+            if last or step % config.log_every_steps == 0:
                 check_finite(state, checkpoints)
                 values = {name: float(value) for name, value in last_metrics.items()}
                 by_layer = measure_asymmetry(state.params).values()
                 values['asymmetry'] = max(float(x) for x in by_layer)
                 values['learning_rate'] = float(schedule(step - 1))
                 metrics.write(step, 'train', **values)
-                progress.update(
-                    step, **{k: values[k] for k in ('loss', 'accuracy', 'asymmetry')}
-                )
-            if due(config.eval_every_steps):
+                progress.update(step, **{k: values[k] for k in ('loss', 'accuracy', 'asymmetry')})
+            if last or step % config.eval_every_steps == 0:
                 check_finite(state, checkpoints)
                 record_evaluation()
-            if due(config.checkpoint_every_steps):
+            if last or step % config.checkpoint_every_steps == 0:
                 check_finite(state, checkpoints)
                 save()
         if step < config.num_steps:
@@ -190,9 +183,7 @@ def _train(
             state, metrics, feature_axes, seconds_before + time.monotonic() - started
         )
         records.write_json(workdir / 'summary.json', summary)
-        figures.draw_run(
-            metrics.lines, summary['broken_at_step'], workdir / 'figures' / 'run.png'
-        )
+        figures.draw_run(metrics.lines, summary['broken_at_step'], workdir / 'figures' / 'run.png')
         progress.say(f'finished: {workdir}/summary.json, figures/run.png')
         return summary
 
