@@ -57,10 +57,15 @@ def test_one_bit_in_one_weight_is_seen_and_its_layer_named(dtype, module, name, 
     assert asymmetric == {module}
 
 
-def test_asymmetry_is_relative_to_the_largest_weight_and_to_the_first_feature():
+def test_asymmetry_is_relative_to_the_largest_weight_of_the_same_features():
+    """And taken from the first feature."""
     scale = jnp.array([2.0, 2.0, 2.0, 2.0, 2.5, 2.0, 1.0])
     tree = symmetric_tree() | {'bn': {'scale': scale, 'bias': jnp.zeros(7)}}
-    assert symmetry.asymmetry(tree, AXES)['bn'] == np.float32(1.0 / 2.5)
+    tree['head']['kernel'] = jnp.zeros((7, 4)).at[3, 3].set(-1e-3)
+    largest = max(float(jnp.max(jnp.abs(tree['conv']['kernel']))), 2.5)
+    assert symmetry.asymmetry(tree, AXES)['bn'] == np.float32(1.0 / largest)
+    assert symmetry.asymmetry(tree, AXES)['head'] == pytest.approx(1e-3 / largest, rel=1e-6)
+    assert symmetry.asymmetry(tree, AXES)['conv'] == 0
 
 
 def test_axes_without_a_name_do_not_count():

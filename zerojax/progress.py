@@ -17,6 +17,11 @@ class Progress:
         )
         self._start_step, self._start = step, time.monotonic()
 
+    def start_clock(self, step: int) -> None:
+        """Measures speed and time left from here on, so that compilation does not count."""
+        self._start_step, self._start = step, time.monotonic()
+        self._bar.unpause()
+
     def update(self, step: int, **values: float) -> None:
         """Moves to `step` and shows the values."""
         self._bar.set_postfix(
@@ -34,10 +39,12 @@ class Progress:
     def evaluated(self, step: int, **values: float) -> None:
         """Shows an evaluation; in a plain line also the speed and the time left."""
         shown = '  '.join(f'{name} {value:.4g}' for name, value in values.items())
-        seconds = time.monotonic() - self._start
-        speed = (step - self._start_step) / seconds if seconds > 0 else 0.0
-        left = f'{(self._num_steps - step) / speed:.0f} s left' if speed > 0 else ''
-        self.say(f'step {step}/{self._num_steps}  {shown}  {speed:.1f} steps/s  {left}'.rstrip())
+        speed = ''
+        if step > self._start_step:
+            per_step = (time.monotonic() - self._start) / (step - self._start_step)
+            left = (self._num_steps - step) * per_step
+            speed = f'  {1 / per_step:.1f} steps/s  {left:.0f} s left'
+        self.say(f'step {step}/{self._num_steps}  {shown}{speed}')
 
     def __enter__(self) -> Self:
         return self

@@ -62,22 +62,34 @@ def is_symmetric(tree: Tree, feature_axes: Tree) -> jax.Array:
 def asymmetry(tree: Tree, feature_axes: Tree) -> dict[str, jax.Array]:
     """Largest relative deviation of any feature from its orbit's first, for each layer.
 
-    For an array w and a named axis it is max |w - w[first feature]| / max |w|; a layer's value is
-    the largest over its arrays and their named axes. A layer is the module that holds the arrays
-    ('block1_0/conv'). Each value is a float [] between 0 and 2 in the arrays' dtype, and exactly 0
-    if and only if all features are equal.
+    A feature is all that its axis name indexes: weights into it, its normalisation, weights out of
+    it. So a deviation in any array is taken relative to the largest of all weights indexed by that
+    name: max |w - w[first feature]| / max |w'| with w' running over all arrays with that name.
+    (Relative to its own array alone, any noise on weights that start at 0 would count as 1.) A
+    layer is the module that holds the arrays ('block1_0/conv'); its value is the largest over its
+    arrays and their named axes: a float [] between 0 and 2 in the arrays' dtype, exactly 0 if and
+    only if all features are equal.
 
     Raises:
         ValueError: tree and declaration do not fit each other.
     """
+    declared = flatten_dict(feature_axes)
+    leaves = list(_leaves(tree, feature_axes))
+    scales: dict[str, jax.Array] = {}
+    for path, x, axes in leaves:
+        for axis in axes:
+            name = declared[path][axis]
+            largest = jnp.max(jnp.abs(x))
+            scales[name] = jnp.maximum(scales[name], largest) if name in scales else largest
+
     layers: dict[str, list[jax.Array]] = {}
-    for path, x, axes in _leaves(tree, feature_axes):
-        if axes:
-            deviation = jnp.max(jnp.stack([jnp.max(jnp.abs(x - _first(x, axis))) for axis in axes]))
+    for path, x, axes in leaves:
+        for axis in axes:
             # A difference so small that the arithmetic loses it is still a difference.
             tiny = jnp.finfo(x.dtype).tiny
-            relative = jnp.maximum(deviation / jnp.maximum(jnp.max(jnp.abs(x)), tiny), tiny)
-            relative = jnp.where(_equal_along(x, axes), jnp.zeros_like(relative), relative)
+            scale = jnp.maximum(scales[declared[path][axis]], tiny)
+            relative = jnp.maximum(jnp.max(jnp.abs(x - _first(x, axis))) / scale, tiny)
+            relative = jnp.where(_equal_along(x, [axis]), jnp.zeros_like(relative), relative)
             layers.setdefault('/'.join(path[:-1]), []).append(relative)
     return {layer: jnp.max(jnp.stack(values)) for layer, values in layers.items()}
 

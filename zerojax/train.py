@@ -102,6 +102,8 @@ def _train(
         steps_per_call=config.steps_per_call,
     )
     epoch_order = jit(functools.partial(data.epoch_order, num_examples=len(dataset.train.labels)))
+    first_order = epoch_order(state.keys['order'], step // steps_per_epoch)
+    train_steps = train_steps.lower(state, (device_data, first_order), np.int32(1)).compile()
     evaluate = make_evaluation(config, dataset, model)
     measure_asymmetry = jit(functools.partial(symmetry.asymmetry, feature_axes=feature_axes))
 
@@ -134,6 +136,7 @@ def _train(
             record_evaluation()
             save()
         order, order_epoch, last_metrics = None, -1, None
+        progress.start_clock(step)
         while step < config.num_steps and stop.signal is None:
             epoch, position = divmod(step, steps_per_epoch)
             if epoch != order_epoch:
