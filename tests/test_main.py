@@ -30,6 +30,10 @@ def environment(**extra):
     return {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'} | extra
 
 
+# Nothing compiled by another process.
+FRESH = {'JAX_ENABLE_COMPILATION_CACHE': 'false'}
+
+
 def run(*arguments, **extra):
     return subprocess.run(
         command(*arguments), capture_output=True, text=True, timeout=300, cwd=ROOT,
@@ -64,7 +68,7 @@ def latest_checkpoint(workdir):
 @pytest.fixture(scope='module')
 def undisturbed(tmp_path_factory):
     workdir = tmp_path_factory.mktemp('undisturbed')
-    done = run(*SHORT, f'--workdir={workdir}')
+    done = run(*SHORT, f'--workdir={workdir}', **FRESH)
     assert done.returncode == 0, done.stderr
     assert done.stderr == '', 'a run that goes well has nothing to complain of'
     assert 'starting at step 0 of 44' in done.stdout
@@ -73,7 +77,7 @@ def undisturbed(tmp_path_factory):
 
 
 def test_a_second_process_gives_the_same_weights_and_records(undisturbed, tmp_path):
-    done = run(*SHORT, f'--workdir={tmp_path}')
+    done = run(*SHORT, f'--workdir={tmp_path}', **FRESH)
     assert done.returncode == 0, done.stderr
     assert summary(tmp_path)['params_sha256'] == summary(undisturbed)['params_sha256']
     metrics = 'metrics.jsonl'

@@ -126,7 +126,9 @@ def _read_tfds(builder: Any, field: str, split: str) -> Split:
         if builder.info.file_format == FileFormat.TFRECORD:
             import tensorflow_datasets as tfds
 
-            _import_tensorflow(f'reading TFRecord files ({builder.data_path})')
+            _import_tensorflow(
+                f'dataset.data_dir: {builder.data_path} holds TFRecord files; reading them'
+            )
             examples = tfds.as_numpy(builder.as_dataset(split=split, shuffle_files=False))
         else:
             with warnings.catch_warnings():
@@ -163,7 +165,7 @@ def _prepare_tfds(builder: Any, data_dir: str | None) -> None:
         problem = _why_unreachable(url, timeout=8)
         if problem:
             raise UsageError(f'{failed} and {url} cannot be reached ({problem}): {advice}')
-    _import_tensorflow(f'preparing {builder.name}')
+    _import_tensorflow(f'dataset.name={builder.name!r}: preparing it')
     try:
         builder.download_and_prepare(
             file_format='array_record',
@@ -202,9 +204,7 @@ def _import_tensorflow(purpose: str) -> None:
     try:
         import tensorflow as tf
     except ImportError as error:
-        raise UsageError(
-            f"dataset.name: {purpose} needs TensorFlow: pip install 'zerojax[prepare]'"
-        ) from error
+        raise UsageError(f"{purpose} needs TensorFlow: pip install 'zerojax[prepare]'") from error
     tf.config.set_visible_devices([], 'GPU')  # the device is JAX's
 
 

@@ -1,0 +1,70 @@
+"""How should a train step be executed here? Convolution × steps in one dispatch × image size.
+
+    python -m experiments.execution
+
+Times ConstNet-10-1 on random images and prints a Markdown table: milliseconds a step, median
+(smallest to largest) of 5 repetitions, each timing 22 steps, after one to warm up. Six minutes on
+two CPU cores. docs/performance.md keeps a result.
+"""
+
+import platform
+import statistics
+import time
+
+import jax
+import numpy as np
+import optax
+
+from zerojax import models, step
+
+STEPS = 22
+REPETITIONS = 5
+
+
+def milliseconds_a_step(
+    size: int, channels: int, batch_size: int, convolution: str, steps_per_call: int
+) -> list[float]:
+    """Wall time of a train step, one number a repetition."""
+    model = models.create('constnet', depth=10, width=1, convolution=convolution)
+    tx = optax.sgd(0.03, momentum=0.9)
+    rng = np.random.default_rng(0)
+    batch = {
+        'image': rng.normal(size=(batch_size, size, size, channels)).astype(np.float32),
+        'label': rng.integers(0, 10, batch_size).astype(np.int32),
+    }
+    batch = jax.device_put(batch)
+    state = step.create_state(model, tx, (size, size, channels), seed=0, perturbation_seed=0)
+    train_steps = step.make_train_steps(
+        step.train_step_function(model, tx),
+        lambda state, batch: batch,
+        determinism='deterministic',
+        steps_per_call=steps_per_call,
+    )
+    times = []
+    for _ in range(1 + REPETITIONS):
+        began = time.perf_counter()
+        for _ in range(STEPS // steps_per_call):
+            state, _ = train_steps(state, batch, np.int32(steps_per_call))
+        jax.block_until_ready(state)
+        times.append((time.perf_counter() - began) / STEPS * 1e3)
+    return times[1:]
+
+
+def main() -> None:
+    device = jax.devices()[0]
+    print(f'jax {jax.__version__}, {device.device_kind}, {platform.machine()}')
+    print('| images | batch | convolution | steps_per_call | ms a step |')
+    print('| --- | --- | --- | --- | --- |')
+    for size, channels, batch_size in ((8, 1, 128), (32, 3, 64)):
+        for convolution in models.CONVOLUTIONS:
+            for steps_per_call in (1, 11):
+                times = milliseconds_a_step(size, channels, batch_size, convolution, steps_per_call)
+                print(
+                    f'| {size}x{size}x{channels} | {batch_size} | {convolution} | {steps_per_call} '
+                    f'| {statistics.median(times):.1f} ({min(times):.1f} to {max(times):.1f}) |',
+                    flush=True,
+                )
+
+
+if __name__ == '__main__':
+    main()
