@@ -7,6 +7,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from zerojax import records
+from zerojax.errors import UsageError
 from zerojax.figures import draw_run
 
 tensorboard_warnings = pytest.mark.filterwarnings('ignore::DeprecationWarning')
@@ -40,6 +41,18 @@ def test_a_resumed_file_drops_what_will_be_run_again_and_half_a_line(tmp_path):
         assert (tmp_path / 'metrics.jsonl').read_bytes() == b''.join(kept)
         metrics.write(6, 'train', loss=7.0)
     assert [line['loss'] for line in written(tmp_path)] == [2.0, 4.0, 7.0]
+
+
+def test_a_damaged_file_is_refused_and_left_alone(tmp_path):
+    path = tmp_path / 'metrics.jsonl'
+    path.write_text('{"step": 1, "kind": "train"}\n{"st\n{"step": 3, "kind": "train"}\n')
+    before = path.read_bytes()
+    with pytest.raises(UsageError, match=r'line 2 of metrics\.jsonl is damaged'):
+        records.Metrics(tmp_path, 3)
+    assert path.read_bytes() == before
+    (tmp_path / 'manifest.json').write_text('{')
+    with pytest.raises(UsageError, match=r'manifest\.json cannot be read'):
+        records.add_start(tmp_path / 'manifest.json', 0, {})
 
 
 def test_numbers_that_are_not_finite_are_refused(tmp_path):
@@ -82,8 +95,11 @@ def test_json_files_are_replaced_whole(tmp_path):
 
 def test_the_manifest_keeps_every_start(tmp_path):
     path = tmp_path / 'manifest.json'
-    records.add_start(path, 0, {'execution': {'steps_per_call': 5}})
-    records.add_start(path, 7, {'execution': {'steps_per_call': 5}})
+    facts = {'execution': {'steps_per_call': 5}, 'dataset': {'train_sha256': 'a'}}
+    records.add_start(path, 0, facts)
+    records.add_start(path, 7, facts)
+    with pytest.raises(UsageError, match='started on other data'):
+        records.add_start(path, 9, facts | {'dataset': {'train_sha256': 'b'}})
     manifest = json.loads(path.read_text())
     assert [start['step'] for start in manifest['starts']] == [0, 7]
     assert manifest['execution'] == {'steps_per_call': 5}

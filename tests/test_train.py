@@ -1,6 +1,7 @@
 """Properties of whole runs, in this process."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -42,6 +43,16 @@ def test_a_run_leaves_what_the_contract_says(tiny_config, tmp_path):
     # The same command on a finished run changes nothing that is a result.
     again = train(tiny_config, tmp_path)
     assert {**again, 'seconds': 0} == {**summary, 'seconds': 0}
+    assert [line['step'] for line in lines(tmp_path, 'train')] == [4, 8, 12, 16, 20, 24]
+
+    # A damaged checkpoint is an error and never wrong weights; without it the one before serves.
+    for file in (tmp_path / 'checkpoints' / '24').rglob('*'):
+        if file.is_file():
+            file.write_bytes(b'')
+    with pytest.raises(RunError, match=r'checkpoints/24 cannot be read .* remove that folder'):
+        train(tiny_config, tmp_path)
+    shutil.rmtree(tmp_path / 'checkpoints' / '24')
+    assert train(tiny_config, tmp_path)['params_sha256'] == summary['params_sha256']
     assert [line['step'] for line in lines(tmp_path, 'train')] == [4, 8, 12, 16, 20, 24]
 
     # And no other config may use its workdir.

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
+from zerojax.errors import RunError
 from zerojax.step import TrainState
 
 KEEP = 3  # newest checkpoints that are kept
@@ -53,13 +54,24 @@ class Checkpoints:
         )
 
     def restore(self, like: TrainState) -> tuple[TrainState, float]:
-        """The newest checkpoint as (state, seconds run so far), placed as `like` is."""
+        """The newest checkpoint as (state, seconds run so far), placed as `like` is.
+
+        Raises:
+            RunError: it is damaged.
+        """
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
         )
-        state = self._checkpointer.load(abstract_state=abstract)
-        metadata = self._checkpointer.metadata().custom_metadata
-        return state, metadata['seconds']
+        try:
+            state = self._checkpointer.load(abstract_state=abstract)
+            seconds = self._checkpointer.metadata().custom_metadata['seconds']
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            folder = self._checkpointer.directory / str(self.latest_step)
+            raise RunError(
+                f'checkpoint {folder} cannot be read ({type(error).__name__}); remove that folder '
+                'to resume from the one before it'
+            ) from error
+        return state, seconds
 
     def wait(self) -> None:
         """Returns when every checkpoint is on disk; raises what went wrong in the background."""

@@ -15,6 +15,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from tensorboardX import SummaryWriter
 
+from zerojax.errors import UsageError
+
 Record = dict[str, Any]
 
 PACKAGES = (
@@ -40,8 +42,22 @@ def add_start(path: pathlib.Path, step: int, facts: Record) -> None:
     `facts` are what the caller knows: compiler options, execution mode, dataset. Versions, git
     revision, devices, XLA flags, time and process are added here. The manifest's top level repeats
     the newest start; `starts` has them all.
+
+    Raises:
+        UsageError: the manifest is damaged, or the run was started on other data.
     """
-    starts = json.loads(path.read_text())['starts'] if path.exists() else []
+    try:
+        starts = json.loads(path.read_text())['starts'] if path.exists() else []
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f'--workdir={path.parent}: its manifest.json cannot be read ({error}); '
+            'remove that file, or name another folder'
+        ) from error
+    if starts and starts[0]['dataset'] != facts['dataset']:
+        raise UsageError(
+            f'--workdir={path.parent}: its run was started on other data, see the hashes in '
+            'manifest.json; name another folder'
+        )
     start = {
         'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
         'step': step,
@@ -88,7 +104,11 @@ class Metrics:
     """
 
     def __init__(self, workdir: pathlib.Path, step: int) -> None:
-        """Opens the file to go on after `step`; what was written beyond it will be run again."""
+        """Opens the file to go on after `step`; what was written beyond it will be run again.
+
+        Raises:
+            UsageError: a line other than the last is damaged.
+        """
         self._path = workdir / 'metrics.jsonl'
         self.lines = self._keep_until(step)
         self._file = open(self._path, 'a')
@@ -109,11 +129,17 @@ class Metrics:
         if not self._path.exists():
             return []
         kept = []
-        for line in self._path.read_text().splitlines():
+        lines = self._path.read_text().splitlines()
+        for number, line in enumerate(lines, start=1):
             try:
                 record = json.loads(line)
-            except ValueError:
-                break  # a line that a killed process left half written is the last one
+            except ValueError as error:
+                if number == len(lines):
+                    break  # half written by a process that was killed
+                raise UsageError(
+                    f'--workdir={self._path.parent}: line {number} of metrics.jsonl is damaged; '
+                    'name another folder'
+                ) from error
             if record['step'] <= step:
                 kept.append(record)
         beside = self._path.with_name('metrics.jsonl.tmp')

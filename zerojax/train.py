@@ -39,7 +39,8 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> records.Record:
 
     Raises:
         UsageError: config, data or workdir are wrong; nothing was trained.
-        RunError: loss, gradient or state became infinite or NaN; the last good checkpoint is kept.
+        RunError: loss, gradient or state became infinite or NaN, and the last good checkpoint is
+            kept; or a checkpoint is damaged.
         Stopped: SIGTERM or SIGINT came; a checkpoint was saved.
     """
     started = time.monotonic()
@@ -132,6 +133,11 @@ def _train(
             metrics.flush()  # a checkpoint presumes the lines up to its step
             checkpoints.save(state, seconds_before + time.monotonic() - started)
 
+        if resumed and metrics.last('eval') is None:
+            raise UsageError(
+                f'--workdir={workdir}: has a checkpoint of step {step} but metrics.jsonl is empty; '
+                'name another folder'
+            )
         if not resumed:
             record_evaluation()
             save()
