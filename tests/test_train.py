@@ -55,6 +55,12 @@ def test_a_run_leaves_what_the_contract_says(tiny_config, tmp_path):
     assert train(tiny_config, tmp_path)['params_sha256'] == summary['params_sha256']
     assert [line['step'] for line in lines(tmp_path, 'train')] == [4, 8, 12, 16, 20, 24]
 
+    # Killed before the first checkpoint was saved: it starts anew.
+    before = (tmp_path / 'metrics.jsonl').read_bytes()
+    shutil.rmtree(tmp_path / 'checkpoints')
+    assert train(tiny_config, tmp_path)['params_sha256'] == summary['params_sha256']
+    assert (tmp_path / 'metrics.jsonl').read_bytes() == before
+
     # And no other config may use its workdir.
     tiny_config.perturbation.scale = 1e-5
     with pytest.raises(UsageError, match=r'perturbation\.scale is 1e-06 there and 1e-05 here'):

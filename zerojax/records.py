@@ -106,6 +106,8 @@ class Metrics:
     def __init__(self, workdir: pathlib.Path, step: int) -> None:
         """Opens the file to go on after `step`; what was written beyond it will be run again.
 
+        -1 starts anew, even if a process was killed before it saved its first checkpoint.
+
         Raises:
             UsageError: a line other than the last is damaged.
         """

@@ -109,7 +109,7 @@ def _train(
     measure_asymmetry = jit(functools.partial(symmetry.asymmetry, feature_axes=feature_axes))
 
     with (
-        records.Metrics(workdir, step) as metrics,
+        records.Metrics(workdir, step if resumed else -1) as metrics,
         Progress(step, config.num_steps) as progress,
     ):
 
