@@ -16,16 +16,17 @@ The verdict is printed; DIR/audit.json (default: runs/audit_NAME) has every tens
 success, whatever the verdict; 1 a process failed; 2 a mistake in flags, config, data or workdir.
 """
 
+import functools
 import json
 import pathlib
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -58,9 +59,11 @@ def prepare(config: ConfigDict) -> tuple[ConfigDict, data.Dataset]:
 def compile_step(config: ConfigDict, dataset: data.Dataset) -> step_audit.CompiledStep:
     """The config's step at symmetric weights, compiled afresh."""
     model = config_lib.build_model(config, dataset.num_classes)
-    state = jax.jit(lambda: train.new_state(config, dataset))()
+    jit = functools.partial(determinism.jit_in_mode, mode=config.determinism.mode)
+    state = jit(lambda: train.new_state(config, dataset))()
     state = step_audit.symmetric_state(state, model, train.build_optimizer(config))
-    order = data.epoch_order(state.keys['order'], jnp.int32(0), len(dataset.train.labels))
+    epoch_order = jit(functools.partial(data.epoch_order, num_examples=len(dataset.train.labels)))
+    order = epoch_order(state.keys['order'], 0)
     examples = {'image': dataset.train.images, 'label': dataset.train.labels}
     source = jax.device_put((examples, order))
     with noise.no_compilation_cache():
@@ -178,7 +181,8 @@ def screen(config: ConfigDict, verdict: step_audit.Verdict) -> list[str]:
     if not new_state_shows_kernels(config):
         cause = 'dropout' if config.model.dropout > 0 else 'projection'
         lines.append(f'  (new weights left out: {cause} decides whether their features are equal)')
-    return [line[:100] for line in lines] + ['', *verdict.sentences()]
+    sentences = [line for each in verdict.sentences() for line in textwrap.wrap(each, 100)]
+    return [line[:100] for line in lines] + ['', *sentences]
 
 
 def run(argv: list[str]) -> None:

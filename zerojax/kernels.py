@@ -6,6 +6,7 @@ width, so it is measured on the very network. Works for any Linen model that dec
 `feature_axes` as `zerojax.symmetry` has them.
 """
 
+import functools
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -46,7 +47,8 @@ def symmetric_fill(params: Tree, feature_axes: Tree, seed: int = 0) -> Tree:
         else:
             noise = values.astype(np.float64) + 0.1 * noise
         filled[path] = noise.astype(values.dtype)
-    return symmetry.project(unflatten_dict(filled), feature_axes)
+    project = functools.partial(symmetry.project, feature_axes=feature_axes)
+    return jax.jit(project)(unflatten_dict(filled))  # eagerly, each shape would be compiled
 
 
 def tensors(

@@ -86,7 +86,7 @@ def add_start(path: pathlib.Path, step: int, facts: Record) -> Record:
 
 def add_audit(path: pathlib.Path, manifest: Record, audit: Record) -> None:
     """Adds the audit of a run's machine, made once and kept by all later starts."""
-    write_json(path, {**manifest, 'audit': audit, 'starts': manifest['starts']})
+    write_json(path, {**manifest, 'audit': audit})
 
 
 def _git_revision() -> str | None:

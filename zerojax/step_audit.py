@@ -22,7 +22,7 @@ PARTS = ('forward', 'gradients', 'new state')
 ONE_EXECUTABLE, COMPILATIONS, PROCESSES = 'one executable', 'fresh compilations', 'processes'
 UNITS = {ONE_EXECUTABLE: 'calls', COMPILATIONS: 'compilations', PROCESSES: 'processes'}
 
-_ROWS = 8  # of any list in the verdict, which is one screen
+_ROWS = 4  # of any list in the verdict, which is one screen
 
 
 def symmetric_state(
