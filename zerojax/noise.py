@@ -72,17 +72,25 @@ def _numbers(ordered: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return np.where(ordered < 0, -magnitude, magnitude)
 
 
+def _magnitude(ordered: np.ndarray, dtype: np.dtype) -> int:
+    """The largest `_ordered` magnitude that stands for a finite number."""
+    magnitude = np.abs(ordered)
+    finite: Any = True
+    if jnp.issubdtype(dtype, np.floating):
+        finite = magnitude < _ordered(np.asarray(np.inf, dtype))
+    return int(np.max(magnitude, where=finite, initial=0))
+
+
 def _spread(low: np.ndarray, high: np.ndarray, dtype: np.dtype, distinct: int) -> Spread:
     """From the least and the largest `_ordered` integer of each element."""
-    # In 1-D, so that views work on scalars. Unsigned integers hold the largest distance.
-    low, high = np.atleast_1d(low).ravel(), np.atleast_1d(high).ravel()
-    unsigned = np.dtype(f'uint{8 * low.dtype.itemsize}')
-    ends = np.abs(np.concatenate([_numbers(low, dtype), _numbers(high, dtype)]))
-    magnitude = float(np.max(ends, where=np.isfinite(ends), initial=0.0))
+    low, high = low.reshape(-1), high.reshape(-1)  # views do not work on scalars
+    largest = np.asarray([max(_magnitude(low, dtype), _magnitude(high, dtype))], low.dtype)
+    magnitude = float(_numbers(largest, dtype)[0])
     differing = low != high
     if not differing.any():
         return Spread(distinct, 0, 0.0, 0.0, magnitude)
     low, high = low[differing], high[differing]
+    unsigned = np.dtype(f'uint{8 * low.dtype.itemsize}')  # holds the largest distance
     ulps: float = int(np.max(high.view(unsigned) - low.view(unsigned)))
     with np.errstate(over='ignore', invalid='ignore'):
         apart = float(np.max(_numbers(high, dtype) - _numbers(low, dtype)))
@@ -142,23 +150,29 @@ def noise_floor(results: Iterable[Tree]) -> dict[str, Spread]:
         if low and flat.keys() != low.keys():
             raise ValueError(f'results differ in {", ".join(sorted(flat.keys() ^ low.keys()))}')
         for name, x in flat.items():
-            ordered = _ordered(x)
+            digest = _digest(x)
             if name not in low:
-                low[name], high[name], digests[name] = ordered, ordered, set()
-                dtypes[name] = x.dtype
+                low[name] = high[name] = _ordered(x)
+                dtypes[name], digests[name] = x.dtype, {digest}
             elif (x.shape, x.dtype) != (low[name].shape, dtypes[name]):
                 raise ValueError(
                     f'{name}: {x.dtype}{x.shape} and {dtypes[name]}{low[name].shape}: '
                     'results must be of one dtype and shape'
                 )
-            low[name] = np.minimum(low[name], ordered)
-            high[name] = np.maximum(high[name], ordered)
-            digests[name].add(hashlib.sha256(np.ascontiguousarray(x).tobytes()).digest())
+            elif digest not in digests[name]:
+                digests[name].add(digest)
+                ordered = _ordered(x)
+                low[name] = np.minimum(low[name], ordered)
+                high[name] = np.maximum(high[name], ordered)
     if not digests:
         raise ValueError('results: needs at least one, with at least one array')
     return {
         name: _spread(low[name], high[name], dtypes[name], len(digests[name])) for name in digests
     }
+
+
+def _digest(x: np.ndarray) -> bytes:
+    return hashlib.sha256(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data).digest()
 
 
 def feature_spread(x: Any, axis: int) -> Spread:
@@ -168,7 +182,9 @@ def feature_spread(x: Any, axis: int) -> Spread:
     """
     x = np.asarray(x)
     features = np.moveaxis(_ordered(x), axis, 0)
-    distinct = len({hashlib.sha256(feature.tobytes()).digest() for feature in features})
+    if (features == features[:1]).all():
+        return _spread(features[0], features[0], x.dtype, 1)
+    distinct = len({_digest(feature) for feature in features})
     return _spread(features.min(axis=0), features.max(axis=0), x.dtype, distinct)
 
 
