@@ -29,8 +29,10 @@ def exit_status(command: Callable[[], object]) -> int:
     return 0
 
 
-def parse_flags(argv: list[str]) -> tuple[ConfigDict, pathlib.Path]:
+def parse_flags(argv: list[str], *, prefix: str = '') -> tuple[ConfigDict, pathlib.Path]:
     """The checked config and the workdir that a command line (with the program's name) asks for.
+
+    `prefix` goes before the NAME of the default workdir, runs/NAME.
 
     Raises:
         UsageError: names the flag or field, its value, and what is allowed.
@@ -57,11 +59,32 @@ def parse_flags(argv: list[str]) -> tuple[ConfigDict, pathlib.Path]:
     if len(remaining) > 1:
         raise UsageError(f'command line: unexpected argument {remaining[1]!r}')
     config_lib.check(config)
-    return config, pathlib.Path(workdir_flag.value or default_workdir(source))
+    return config, pathlib.Path(workdir_flag.value or default_workdir(source, prefix))
 
 
-def default_workdir(source: str) -> str:
+def take_flag(argv: list[str], name: str) -> str | None:
+    """Takes --NAME=VALUE, a flag of one command alone, out of `argv`; its value, or None."""
+    values = [each.removeprefix(f'--{name}=') for each in argv if each.startswith(f'--{name}=')]
+    argv[:] = [each for each in argv if not each.startswith(f'--{name}=')]
+    return values[-1] if values else None
+
+
+def take_count(argv: list[str], name: str, default: int, least: int) -> int:
+    """Takes --NAME=N out of `argv`.
+
+    Raises:
+        UsageError: N is no whole number of at least `least`.
+    """
+    text = take_flag(argv, name)
+    if text is None:
+        return default
+    if not (text.isascii() and text.isdigit() and len(text) < 10) or int(text) < least:
+        raise UsageError(f'--{name}={text}: must be a whole number of at least {least}')
+    return int(text)
+
+
+def default_workdir(source: str, prefix: str = '') -> str:
     """runs/NAME for configs/NAME.py, runs/NAME_VARIANT for configs/NAME.py:VARIANT."""
     file, _, variant = source.partition(':')
-    name = pathlib.PurePath(file).stem
+    name = prefix + pathlib.PurePath(file).stem
     return f'runs/{name}_{variant}' if variant else f'runs/{name}'

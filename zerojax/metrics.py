@@ -134,8 +134,28 @@ def layer_outputs(
     Raises:
         ValueError: a path is not that of a submodule that was called.
     """
+    _, activations, gradients, _ = all_gradients(lambda _: loss(), {}, layers)
+    return activations, gradients
 
-    def run(offsets: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+
+def all_gradients(
+    loss: Callable[[Tree], jax.Array], params: Tree, layers: Collection[str]
+) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array], Tree]:
+    """A loss, and its gradients with respect to both layer outputs and parameters.
+
+    Args:
+        loss: a function of the parameters, otherwise as in `layer_outputs`.
+        params: what it is called with.
+        layers: as in `layer_outputs`.
+
+    Returns:
+        (loss [], activations, their gradients, gradients of the parameters).
+
+    Raises:
+        ValueError: a path is not that of a submodule that was called.
+    """
+
+    def run(offsets: dict[str, jax.Array], params: Tree) -> tuple[jax.Array, dict[str, jax.Array]]:
         outputs: dict[str, jax.Array] = {}
 
         def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -147,15 +167,17 @@ def layer_outputs(
             return output
 
         with nn.intercept_methods(intercept):
-            return loss(), outputs
+            return loss(params), outputs
 
-    _, shapes = jax.eval_shape(run, {})
+    _, shapes = jax.eval_shape(run, {}, params)
     missing = sorted(set(layers) - shapes.keys())
     if missing:
         raise ValueError(f'layers={missing}: no submodules that were called')
     offsets = {path: jnp.zeros(x.shape, x.dtype) for path, x in shapes.items()}
-    gradients, activations = jax.grad(run, has_aux=True)(offsets)
-    return activations, gradients
+    (value, activations), (gradients, params_gradients) = jax.value_and_grad(
+        run, argnums=(0, 1), has_aux=True
+    )(offsets, params)
+    return value, activations, gradients, params_gradients
 
 
 def of_kernels(params: Tree) -> dict[str, Any]:

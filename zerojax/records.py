@@ -36,31 +36,11 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     os.replace(beside, path)
 
 
-def add_start(path: pathlib.Path, step: int, facts: Record) -> None:
-    """Appends this start, or resume, at `step` to the manifest.
-
-    `facts` are what the caller knows: compiler options, execution mode, dataset. Versions, git
-    revision, devices, XLA flags, time and process are added here. The manifest's top level repeats
-    the newest start; `starts` has them all.
-
-    Raises:
-        UsageError: the manifest is damaged, or the run was started on other data.
-    """
-    try:
-        starts = json.loads(path.read_text())['starts'] if path.exists() else []
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f'--workdir={path.parent}: its manifest.json cannot be read ({error}); '
-            'remove that file, or name another folder'
-        ) from error
-    if starts and starts[0]['dataset'] != facts['dataset']:
-        raise UsageError(
-            f'--workdir={path.parent}: its run was started on other data, see the hashes in '
-            'manifest.json; name another folder'
-        )
-    start = {
+def environment() -> Record:
+    """What a result depends on beyond its config: time, process, versions, git revision, devices,
+    XLA flags."""
+    return {
         'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
-        'step': step,
         'pid': os.getpid(),
         'host': platform.node(),
         'platform': platform.platform(),
@@ -72,9 +52,41 @@ def add_start(path: pathlib.Path, step: int, facts: Record) -> None:
         'backend': jax.default_backend(),
         'cpu_count': os.cpu_count(),
         'xla_flags': os.environ.get('XLA_FLAGS', ''),
-        **facts,
     }
-    write_json(path, {**start, 'starts': [*starts, start]})
+
+
+def add_start(path: pathlib.Path, step: int, facts: Record) -> Record:
+    """Appends this start, or resume, at `step` to the manifest, and returns the manifest.
+
+    `facts` are what the caller knows: compiler options, execution mode, dataset; the environment is
+    added. The manifest's top level repeats the newest start; `starts` has them all.
+
+    Raises:
+        UsageError: the manifest is damaged, or the run was started on other data.
+    """
+    try:
+        manifest = json.loads(path.read_text()) if path.exists() else {'starts': []}
+        starts = manifest['starts']
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f'--workdir={path.parent}: its manifest.json cannot be read ({error}); '
+            'remove that file, or name another folder'
+        ) from error
+    if starts and starts[0]['dataset'] != facts['dataset']:
+        raise UsageError(
+            f'--workdir={path.parent}: its run was started on other data, see the hashes in '
+            'manifest.json; name another folder'
+        )
+    start = {'step': step, **environment(), **facts}
+    audit = {'audit': manifest['audit']} if 'audit' in manifest else {}
+    manifest = {**start, **audit, 'starts': [*starts, start]}
+    write_json(path, manifest)
+    return manifest
+
+
+def add_audit(path: pathlib.Path, manifest: Record, audit: Record) -> None:
+    """Adds the audit of a run's machine, made once and kept by all later starts."""
+    write_json(path, {**manifest, 'audit': audit})
 
 
 def _git_revision() -> str | None:

@@ -14,7 +14,17 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from zerojax import config as config_lib
-from zerojax import data, determinism, figures, optimizer, perturb, pruning, records, symmetry
+from zerojax import (
+    data,
+    determinism,
+    figures,
+    optimizer,
+    perturb,
+    pruning,
+    records,
+    step_audit,
+    symmetry,
+)
 from zerojax.checkpoint import Checkpoints
 from zerojax.errors import RunError, UsageError
 from zerojax.evaluate import make_evaluation, make_layer_measurement
@@ -31,6 +41,8 @@ from zerojax.workdir import Workdir
 
 Tree = Any
 Ticket = dict[str, Tree]
+
+AUDIT_REPEATS = 5  # steps of the audit that a run of mode 'hardware' begins with
 
 
 def train(config: ConfigDict, workdir: pathlib.Path) -> records.Record:
@@ -92,27 +104,21 @@ def _train(
     elif ticket is not None:
         state = dataclasses.replace(state, **jax.device_put(ticket))
     step = int(state.step)
-    records.add_start(workdir / 'manifest.json', step, run_facts(config, dataset))
+    manifest_file = workdir / 'manifest.json'
+    manifest = records.add_start(manifest_file, step, run_facts(config, dataset))
     verb = 'RESUMING at' if resumed else 'starting at'
     print(f'{verb} step {step} of {config.num_steps} in {workdir}', flush=True)
 
     # The executables, and the training set on the device.
     device_data = jax.device_put({'image': dataset.train.images, 'label': dataset.train.labels})
     steps_per_epoch = len(dataset.train.labels) // config.batch_size
-    train_steps = make_train_steps(
-        train_step_function(
-            model,
-            build_optimizer(config),
-            perturbation=config_lib.build_perturbation(config),
-            project=config.symmetry.project,
-        ),
-        make_batch_function(config, dataset.num_classes),
-        determinism=mode,
-        steps_per_call=config.steps_per_call,
-    )
+    train_steps = build_train_steps(config, dataset.num_classes)
     epoch_order = jit(functools.partial(data.epoch_order, num_examples=len(dataset.train.labels)))
     first_order = epoch_order(state.keys['order'], step // steps_per_epoch)
     train_steps = train_steps.lower(state, (device_data, first_order), np.int32(1)).compile()
+    if mode == 'hardware' and 'audit' not in manifest:
+        audit = audit_start(config, dataset, train_steps, state, (device_data, first_order))
+        records.add_audit(manifest_file, manifest, audit)
     evaluate = make_evaluation(config, dataset, model)
     measure_layers = make_layer_measurement(config, dataset)
     measure_asymmetry = jit(functools.partial(symmetry.asymmetry, feature_axes=feature_axes))
@@ -375,6 +381,58 @@ def build_optimizer(config: ConfigDict) -> Any:
     else:
         tx = optimizer.radam(schedule, settings.b1, settings.b2, decay)
     return optimizer.freeze(tx, settings.freeze) if settings.freeze else tx
+
+
+def build_train_steps(config: ConfigDict, num_classes: int) -> Any:
+    """The config's train steps, jitted: (state, (training set, order of the epoch), count)."""
+    train_step = train_step_function(
+        config_lib.build_model(config, num_classes),
+        build_optimizer(config),
+        perturbation=config_lib.build_perturbation(config),
+        project=config.symmetry.project,
+    )
+    return make_train_steps(
+        train_step,
+        make_batch_function(config, num_classes),
+        determinism=config.determinism.mode,
+        steps_per_call=config.steps_per_call,
+    )
+
+
+def compile_inspection(
+    config: ConfigDict, num_classes: int, state: TrainState, source: tuple[Batch, jax.Array]
+) -> Any:
+    """What `step_audit.CompiledStep` calls beside the train steps, without dropout."""
+    undropped = ConfigDict(config.to_dict())
+    undropped.model.dropout = 0.0
+    inspect = step_audit.make_inspection(
+        config_lib.build_model(undropped, num_classes), make_batch_function(config, num_classes)
+    )
+    return determinism.jit_in_mode(inspect, config.determinism.mode).lower(state, source).compile()
+
+
+def audit_start(
+    config: ConfigDict,
+    dataset: data.Dataset,
+    train_steps: Any,
+    state: TrainState,
+    source: tuple[Batch, jax.Array],
+) -> records.Record:
+    """What the manifest says of the noise that the run's own executable makes on this machine.
+
+    Measured in a few steps that are thrown away, at symmetric random weights; `zerojax.audit` tells
+    more, of compilations and processes too.
+    """
+    began = time.monotonic()
+    model = config_lib.build_model(config, dataset.num_classes)
+    state = step_audit.symmetric_state(state, model, build_optimizer(config))
+    inspection = compile_inspection(config, dataset.num_classes, state, source)
+    compiled = step_audit.CompiledStep(train_steps, inspection, state, source)
+    params_axes = model.feature_axes()['params']
+    verdict = step_audit.audit_compiled(compiled, params_axes, AUDIT_REPEATS)
+    for sentence in verdict.sentences():
+        print(f'audit: {sentence}', flush=True)
+    return {'seconds': round(time.monotonic() - began, 1), **verdict.record(full=False)}
 
 
 def new_state(config: ConfigDict, dataset: data.Dataset) -> TrainState:

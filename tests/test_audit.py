@@ -1,0 +1,208 @@
+"""The audit of a step: the command, and what a run of mode 'hardware' begins with."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from zerojax import audit, noise, step_audit, train
+from zerojax.noise import Operation, Spread
+from zerojax.step_audit import COMPILATIONS, ONE_EXECUTABLE, PROCESSES, Verdict
+
+ROOT = pathlib.Path(__file__).parent.parent
+DIGITS = f'--config={ROOT}/configs/digits.py'
+TOY = ['--config.model.name=mlp', '--config.model.width=9', '--config.model.convolution=direct']
+QUIET = Spread(1, 0, 0.0, 0.0, 1.0)
+NOISY = Spread(3, 7, 1e-7, 2e-7, 0.5)
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """optax's schedule mixes int32 and float."""
+    with jax.numpy_dtype_promotion('standard'):
+        yield
+
+
+def test_the_command_measures_calls_compilations_and_processes(tmp_path, capsys):
+    flags = [DIGITS, *TOY, '--repeats=3', '--compilations=2', '--processes=1']
+    assert audit.main(['audit', *flags, f'--workdir={tmp_path}/run']) == 0
+    output = capsys.readouterr().out
+    assert 'no noise observed in 3 calls, 2 compilations and 2 processes.' in output
+    assert 'Kernels keep equal features bitwise equal in all 2 layers.' in output
+    assert 'none in the program' in output
+    lines = output.splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 100
+
+    record = json.loads((tmp_path / 'run' / 'audit.json').read_text())
+    assert record['compared'] == {ONE_EXECUTABLE: 3, COMPILATIONS: 2, PROCESSES: 2}
+    for floor in record['noise'].values():
+        for name in (
+            'forward/loss', 'forward/outputs/hidden', 'gradients/outputs/hidden',
+            'gradients/params/head/kernel', 'new state/params/hidden/bias',
+            'new state/metrics/grad_norm',
+        ):  # fmt: skip
+            assert floor[name]['distinct'] == 1
+            assert floor[name]['magnitude'] > 0, f'{name} tells something'
+    assert record['features'].keys() >= {'outputs/hidden', 'new_params/head/kernel'}
+    assert record['compiler_options'] == {'xla_cpu_experimental_ynn_fusion_type': ''}
+    assert sorted(x.name for x in (tmp_path / 'run').iterdir()) == ['audit.json']
+
+
+@pytest.mark.parametrize(
+    'flags,message',
+    [
+        (['--repeats=1'], '--repeats=1: must be a whole number of at least 2'),
+        (['--compilations=x'], '--compilations=x: must be a whole number of at least 2'),
+        (['--processes=-1'], '--processes=-1: must be a whole number of at least 0'),
+        (['--config.determinism.mode=exact'], "determinism.mode='exact': must be one of"),
+        (['--config.batch_size=9999', '--processes=0'], 'batch_size=9999: must be at most'),
+        (['--config.batch_size=9999', '--processes=1'], 'batch_size=9999: must be at most'),
+        (['--config.optimizer.freeze=x', '--processes=0'], "optimizer.freeze='x': matches no"),
+        (['--workdir=/dev/null/x'], '--workdir=/dev/null/x: cannot be written'),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, capsys, flags, message):
+    assert audit.main(['audit', DIGITS, f'--workdir={tmp_path}', *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f'error: {message}')
+    assert error.count('\n') == 1
+
+
+def test_a_mode_that_cannot_be_granted_is_an_error(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(
+        audit.determinism._OPTIONS, ('cpu', 'deterministic'), {'xla_cpu_no_such_option': True}
+    )
+    flags = [DIGITS, f'--workdir={tmp_path}', '--processes=0']
+    assert audit.main(['audit', *flags]) == 2
+    assert 'does not take xla_cpu_no_such_option=True' in capsys.readouterr().err
+
+
+def test_a_process_that_fails_is_a_failure(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv('JAX_PLATFORMS', 'abacus')
+    flags = [DIGITS, f'--workdir={tmp_path}', '--processes=1']
+    assert audit.main(['audit', *flags]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith('error: a fresh process ended with status 1: ')
+    assert error.count('\n') == 1
+
+
+def test_what_processes_write_is_read_to_the_bit(tmp_path):
+    tensors = {
+        'forward/x': np.asarray(jax.numpy.array([1.5, -0.0], 'bfloat16')),
+        'new state/count': np.asarray(3, np.int32),
+    }
+    np.savez(tmp_path / 'x.npz', **tensors)
+    read = audit.read_tensors(tmp_path / 'x.npz', tensors)
+    assert all(spread.distinct == 1 for spread in noise.noise_floor([tensors, read]).values())
+
+
+def test_the_step_is_the_run_s_own_and_has_no_scatter(tiny_config):
+    """The loss uses one-hot labels and images are pooled by the mean, so nothing adds by index."""
+    tiny_config.dataset.augment = True
+    tiny_config.model.dropout = 0.1
+    config, dataset = audit.prepare(tiny_config)
+    compiled = audit.compile_step(config, dataset)
+    assert 'while(' in compiled.train_steps.as_text(), 'steps_per_call=5 is a loop'
+    assert compiled.operations('gpu') == []
+    axes = audit.config_lib.build_model(config, dataset.num_classes).feature_axes()['params']
+    verdict = step_audit.audit_compiled(compiled, axes, 2)
+    assert not verdict.unequal_layers(), 'measured without dropout'
+    assert sorted(verdict.layers()) == ['block1_0', 'block2_0', 'block3_0', 'head', 'stem']
+    assert not verdict.silent()
+    assert not audit.new_state_shows_kernels(config)
+    assert int(compiled.state.step) == 0, 'not donated'
+
+
+@pytest.fixture(scope='module')
+def hardware_run(tmp_path_factory):
+    config = train.config_lib.default_config()
+    config.dataset.name, config.num_steps = 'digits', 4
+    config.model.name, config.model.width = 'mlp', 9
+    config.determinism.mode = 'hardware'
+    workdir = tmp_path_factory.mktemp('hardware')
+    with jax.numpy_dtype_promotion('standard'):
+        return config, workdir, train.train(config, workdir)
+
+
+def manifest(workdir):
+    return json.loads((workdir / 'manifest.json').read_text())
+
+
+def test_a_hardware_run_begins_with_an_audit_and_keeps_it(hardware_run):
+    config, workdir, _ = hardware_run
+    first = manifest(workdir)['audit']
+    assert first['verdict'][0].endswith(f'no noise observed in {train.AUDIT_REPEATS} calls.')
+    assert first['unequal_features'] == {}
+    assert first['noise'][ONE_EXECUTABLE].keys() == set(step_audit.PARTS)
+    train.train(config, workdir)
+    assert manifest(workdir)['audit'] == first, 'a resumed run keeps the verdict of its start'
+    assert len(manifest(workdir)['starts']) == 2
+
+
+def test_the_audit_leaves_no_trace_in_the_run(hardware_run, tmp_path):
+    config, _, summary = hardware_run
+    config = config.copy_and_resolve_references()
+    config.determinism.mode = 'deterministic'  # on a CPU the same options, and no audit
+    without = train.train(config, tmp_path)
+    assert 'audit' not in manifest(tmp_path)
+    assert without['params_sha256'] == summary['params_sha256']
+
+
+def verdict(**changed):
+    tensors = [f'{part}/x{i}' for part in step_audit.PARTS for i in range(4)]
+    quiet = dict.fromkeys(tensors, QUIET)
+    fields = {
+        'compared': {ONE_EXECUTABLE: 10, COMPILATIONS: 3, PROCESSES: 3},
+        'noise': {ONE_EXECUTABLE: quiet, COMPILATIONS: quiet, PROCESSES: quiet},
+        'operations': [],
+        'features': {f'outputs/layer{i}': QUIET for i in range(40)},
+    }
+    return Verdict(**(fields | changed))
+
+
+def test_each_scope_is_told_apart():
+    noise = verdict().noise
+    noise[COMPILATIONS] = noise[COMPILATIONS] | {'gradients/x2': NOISY}
+    sentences = verdict(noise=noise).sentences()
+    assert sentences[0] == 'No noise observed in 10 calls and 3 processes.'
+    assert sentences[1] == (
+        'Noise of its own in 3 compilations: 1 of 12 tensors differ, most of all gradients/x2: '
+        '7 ULPs, 2e-07 of its largest number.'
+    )
+
+
+def test_layers_whose_features_differ_are_named():
+    told = verdict(features=verdict().features | {'gradients/layer7/kernel': NOISY})
+    assert told.unequal_layers() == {'layer7': ('gradients/layer7/kernel', NOISY)}
+    assert told.sentences()[1].startswith(
+        'Kernels do not keep equal features equal in 1 of 40 layers, least of all '
+        'gradients/layer7/kernel: 3 distinct features, 7 ULPs'
+    )
+    assert any(line.startswith('  layer7 ') for line in told.table())
+    assert 'gradients/layer7/kernel' in told.record(full=False)['unequal_features']
+
+
+def test_tensors_that_tell_nothing_are_said_to():
+    noise = verdict().noise
+    noise[ONE_EXECUTABLE] = noise[ONE_EXECUTABLE] | {'forward/x1': Spread(1, 0, 0.0, 0.0, 0.0)}
+    assert verdict(noise=noise).sentences()[-1] == (
+        '1 tensors are 0 throughout and tell nothing: forward/x1.'
+    )
+
+
+def test_the_worst_verdict_is_one_screen(tiny_config):
+    long = 'x' * 60
+    floor = {f'{part}/{long}': Spread(3, float('inf'), *[float('inf')] * 2, 1.0)
+             for part in step_audit.PARTS}  # fmt: skip
+    told = verdict(
+        noise=dict.fromkeys((ONE_EXECUTABLE, COMPILATIONS, PROCESSES), floor),
+        operations=[Operation(f'operation{i}', i, long * 3) for i in range(30)],
+        features={f'outputs/layer{i}': NOISY for i in range(40)},
+    )
+    lines = audit.screen(tiny_config, told)
+    assert len(lines) <= 46
+    assert max(map(len, lines)) <= 100
+    json.dumps(told.record(full=True), allow_nan=False)

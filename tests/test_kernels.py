@@ -1,0 +1,128 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from zerojax import kernels, models
+from zerojax.noise import noise_floor
+
+AXES = {
+    'first': {'kernel': (None, 'first'), 'bias': ('first',)},
+    'crooked': {'kernel': ('first', 'crooked')},
+    'head': {'kernel': ('crooked', None), 'bias': (None,)},
+}
+
+
+class Crooked(nn.Module):
+    """A product whose last feature is summed in another order, as at the edge of a kernel's tile.
+
+    `crooked=False`: all features in the same order.
+    """
+
+    features: int
+    crooked: bool
+
+    @nn.compact
+    def __call__(self, x_bxc):
+        init = nn.initializers.zeros
+        kernel = self.param('kernel', init, (x_bxc.shape[-1], self.features), jnp.float32)
+        terms = x_bxc[:, :, None] * kernel[None]
+        forward, backward = terms[:, 0], terms[:, -1]
+        for i in range(1, terms.shape[1]):
+            forward = forward + terms[:, i]
+            backward = backward + terms[:, -1 - i]
+        last = jnp.arange(self.features)[None, :] == self.features - 1
+        return jnp.where(last & self.crooked, backward, forward)
+
+
+class Net(nn.Module):
+    crooked: bool = True
+
+    @nn.compact
+    def __call__(self, x_bxc):
+        zeros = nn.initializers.zeros
+        x = nn.Dense(6, kernel_init=zeros, name='first')(x_bxc)
+        # Features are equal, so only unequal terms can tell one order of summation from another.
+        x = x * jnp.linspace(1.0, 2.0, 6)[None, :]
+        x = Crooked(5, self.crooked, name='crooked')(x)
+        return nn.Dense(3, kernel_init=zeros, name='head')(x)
+
+
+def spreads(net):
+    x = jax.random.normal(jax.random.key(1), (64, 7))
+    params = kernels.symmetric_fill(net.init(jax.random.key(0), x)['params'], AXES)
+
+    def loss(params):
+        return jnp.mean(net.apply({'params': params}, x) ** 2)
+
+    results = jax.jit(lambda params: kernels.tensors(loss, params, ['first', 'crooked', 'head']))(
+        params
+    )
+    np.testing.assert_allclose(results['forward']['loss'], loss(params), rtol=1e-6)
+    gradients = jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7),
+        results['gradients']['params'],
+        jax.grad(loss)(params),
+    )
+    assert gradients.keys() == params.keys()
+    return kernels.equal_features_of(results, AXES)
+
+
+def test_a_kernel_that_sums_one_feature_in_another_order_is_found_in_its_layer():
+    found = spreads(Net(crooked=True))
+    crooked = found['outputs/crooked']
+    assert crooked.distinct == 2
+    assert crooked.ulps >= 1
+    assert 0 < crooked.relative < 1e-6
+    assert found['outputs/first'].distinct == 1
+
+    found = spreads(Net(crooked=False))
+    assert found['outputs/crooked'].distinct == found['outputs/first'].distinct == 1
+    assert found['gradients/crooked/kernel'].magnitude > 0
+
+
+@pytest.mark.parametrize(
+    'model',
+    [
+        models.create('constnet', depth=7, width=1),
+        models.create('leakynet', depth=7, width=1, init='1i1i'),
+        models.create('mlp', width=5),
+        models.create('wideresnet', depth=10, width=1, init='fixup'),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_filled_weights_are_symmetric_and_tell_something(model, dtype):
+    image, key = jnp.zeros((1, 8, 8, 1)), jax.random.key(0)
+    shapes = jax.eval_shape(lambda: model.init(key, image, train=False))
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), shapes['params'])
+    axes = model.feature_axes()['params']
+    filled = kernels.symmetric_fill(params, axes)
+    assert all(x.distinct == 1 for x in kernels.equal_features(filled, axes).values())
+    for x in map(np.asarray, jax.tree.leaves(filled)):
+        assert x.dtype == dtype
+        assert np.all(np.isfinite(x) & (x != 0))
+    again, other = (kernels.symmetric_fill(params, axes, seed) for seed in (0, 1))
+    assert all(spread.distinct == 1 for spread in noise_floor([filled, again]).values())
+    assert all(spread.distinct == 2 for spread in noise_floor([filled, other]).values())
+
+
+def test_the_worst_axis_counts():
+    tree = {'a': {'kernel': jnp.array([[1.0, 2.0], [1.0, 2.0]])}, 'b': {'bias': jnp.arange(3.0)}}
+    axes = {'a': {'kernel': ('x', 'y')}, 'b': {'bias': (None,)}}
+    found = kernels.equal_features(tree, axes)
+    assert found.keys() == {'a/kernel'}, 'what no features index is not compared'
+    assert (found['a/kernel'].distinct, found['a/kernel'].absolute) == (2, 1.0)
+
+
+@pytest.mark.parametrize(
+    'axes,message',
+    [
+        ({'a': ('x',), 'b': (None,)}, 'feature_axes and tree differ in b'),
+        ({'a': ('x', None)}, r"a: \('x', None\) does not fit shape \(3,\)"),
+    ],
+)
+def test_a_declaration_that_does_not_fit_is_refused(axes, message):
+    with pytest.raises(ValueError, match=message):
+        kernels.equal_features({'a': jnp.zeros(3)}, axes)

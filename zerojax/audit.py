@@ -1,0 +1,233 @@
+"""Measures what this machine can be trusted with, for the very step that a config would train.
+
+python -m zerojax.audit --config=configs/NAME.py[:VARIANT] [--config.FIELD=VALUE ...]
+                        [--workdir=DIR] [--repeats=10] [--compilations=3] [--processes=2]
+
+The step runs --repeats times in one executable, once in each of --compilations executables that are
+compiled afresh, and once in each of --processes fresh processes beside this one (0: none). Layer
+outputs, loss, gradients and the new state are compared bit by bit; and within each layer its
+features, which are equal in exact arithmetic. The step is the config's own: first batch,
+augmentation, model, optimizer, determinism mode, steps_per_call; without perturbation. Its weights
+are random numbers, equal along the feature axes: at constant ones most results are 0 and tell
+nothing. Outputs and gradients do not leave the training program, so they are those of a second one,
+of the same operations but fused otherwise, and without dropout.
+
+The verdict is printed; DIR/audit.json (default: runs/audit_NAME) has every tensor. Exit status: 0
+success, whatever the verdict; 1 a process failed; 2 a mistake in flags, config, data or workdir.
+"""
+
+import functools
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from zerojax import cli, data, determinism, kernels, noise, records, step_audit, train
+from zerojax import config as config_lib
+from zerojax.errors import RunError, UsageError
+
+Flat = dict[str, np.ndarray]
+
+
+def prepare(config: ConfigDict) -> tuple[ConfigDict, data.Dataset]:
+    """The config to audit, resolved and without perturbation, and its data.
+
+    Raises:
+        UsageError: config or data are wrong, or the mode cannot be granted here.
+    """
+    dataset = data.load(
+        config.dataset.name,
+        config.dataset.data_dir,
+        config.dataset.train_split,
+        config.dataset.eval_split,
+    )
+    config = train.resolve(config, dataset)
+    train.check_backend(config.determinism.mode)
+    train.check_layers(config, jax.eval_shape(lambda: train.new_state(config, dataset)).params)
+    config.perturbation.kind = 'none'
+    return config, dataset
+
+
+def compile_step(config: ConfigDict, dataset: data.Dataset) -> step_audit.CompiledStep:
+    """The config's step at symmetric weights, compiled afresh."""
+    model = config_lib.build_model(config, dataset.num_classes)
+    jit = functools.partial(determinism.jit_in_mode, mode=config.determinism.mode)
+    state = jit(lambda: train.new_state(config, dataset))()
+    state = step_audit.symmetric_state(state, model, train.build_optimizer(config))
+    epoch_order = jit(functools.partial(data.epoch_order, num_examples=len(dataset.train.labels)))
+    order = epoch_order(state.keys['order'], 0)
+    examples = {'image': dataset.train.images, 'label': dataset.train.labels}
+    source = jax.device_put((examples, order))
+    with noise.no_compilation_cache():
+        train_steps = train.build_train_steps(config, dataset.num_classes)
+        return step_audit.CompiledStep(
+            train_steps.lower(state, source, np.int32(1)).compile(),
+            train.compile_inspection(config, dataset.num_classes, state, source),
+            state,
+            source,
+        )
+
+
+def in_fresh_processes(argv: list[str], folder: str, number: int) -> list[pathlib.Path]:
+    """Runs the step once in each of several processes, one after another; the files they leave.
+
+    Raises:
+        UsageError: a process found a mistake in flags, config or data.
+        RunError: a process failed.
+    """
+    files = [pathlib.Path(folder) / f'{i}.npz' for i in range(number)]
+    for file in files:
+        command = [sys.executable, '-m', 'zerojax.audit', *argv[1:], f'--tensors_to={file}']
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            reason = (done.stderr.strip().splitlines() or ['no message'])[-1]
+            if done.returncode == 2:
+                raise UsageError(reason.removeprefix('error: '))
+            raise RunError(f'a fresh process ended with status {done.returncode}: {reason}')
+    return files
+
+
+def read_tensors(file: pathlib.Path, like: Flat) -> Flat:
+    """What a process wrote; NumPy's files forget the names of dtypes such as bfloat16."""
+    with np.load(file) as tensors:
+        return {name: tensors[name].view(x.dtype) for name, x in like.items()}
+
+
+def audit(
+    config: ConfigDict,
+    argv: list[str],
+    folder: str,
+    repeats: int,
+    compilations: int,
+    processes: int,
+) -> step_audit.Verdict:
+    """Measures everything; `argv` is the command line that fresh processes are started with.
+
+    Raises:
+        UsageError, RunError: as `prepare` and `in_fresh_processes`.
+    """
+    # Before this process takes the device: a GPU's memory, or a TPU, may not be shared.
+    files = in_fresh_processes(argv, folder, processes)
+    config, dataset = prepare(config)
+    model = config_lib.build_model(config, dataset.num_classes)
+    compiled = compile_step(config, dataset)
+    first = compiled.run()
+    flat = noise.flatten(first)
+
+    def repeated() -> Iterator[Any]:
+        yield flat
+        for _ in range(repeats - 1):
+            yield noise.flatten(compiled.run())
+
+    def recompiled() -> Iterator[Any]:
+        yield flat
+        for _ in range(compilations - 1):
+            yield noise.flatten(compile_step(config, dataset).run())
+
+    def elsewhere() -> Iterator[Any]:
+        yield flat
+        for file in files:
+            yield read_tensors(file, flat)
+
+    compared = {step_audit.ONE_EXECUTABLE: repeats, step_audit.COMPILATIONS: compilations}
+    floors = {
+        step_audit.ONE_EXECUTABLE: noise.noise_floor(repeated()),
+        step_audit.COMPILATIONS: noise.noise_floor(recompiled()),
+    }
+    if processes:
+        compared[step_audit.PROCESSES] = 1 + processes
+        floors[step_audit.PROCESSES] = noise.noise_floor(elsewhere())
+
+    axes = model.feature_axes()
+    features = kernels.equal_features_of(first, axes['params'])
+    if new_state_shows_kernels(config):
+        new = {f'new_{name}': first['new state'][name] for name in ('params', 'batch_stats')}
+        features |= kernels.equal_features(
+            new, {'new_params': axes['params'], 'new_batch_stats': axes['batch_stats']}
+        )
+    operations = compiled.operations(jax.default_backend())
+    return step_audit.Verdict(compared, floors, operations, features)
+
+
+def new_state_shows_kernels(config: ConfigDict) -> bool:
+    """Whether the new weights' features are equal but for the kernels."""
+    return config.model.dropout == 0 and not config.symmetry.project
+
+
+def screen(config: ConfigDict, verdict: step_audit.Verdict) -> list[str]:
+    """The verdict as lines of at most 100 columns."""
+    machine, mode = records.environment(), config.determinism.mode
+    versions = machine['versions']
+    options = determinism.compiler_options(mode) or 'none'
+    lines = [
+        f'audit of {config.model.name} on {config.dataset.name}',
+        f'machine   {machine["backend"]}: {machine["device_count"]} x {machine["device_kind"]}, '
+        f'{machine["cpu_count"]} CPU cores; jax {versions["jax"]}, jaxlib {versions["jaxlib"]}',
+        f'mode      {mode}; compiler options: {options}',
+        f'step      batch {config.batch_size}, {config.model.convolution} '
+        f'convolution, steps_per_call {config.steps_per_call}, {config.optimizer.name}',
+        'weights   random, N(0, 1) / fan_in, equal along the feature axes; no perturbation',
+        '',
+        *verdict.table(),
+    ]
+    if not new_state_shows_kernels(config):
+        cause = 'dropout' if config.model.dropout > 0 else 'projection'
+        lines.append(f'  (new weights left out: {cause} decides whether their features are equal)')
+    sentences = [line for each in verdict.sentences() for line in textwrap.wrap(each, 100)]
+    return [line[:100] for line in lines] + ['', *sentences]
+
+
+def run(argv: list[str]) -> None:
+    """The command; `argv` are the program's name and the flags."""
+    argv = list(argv)
+    tensors_to = cli.take_flag(argv, 'tensors_to')  # in the processes that the command starts
+    child_argv = list(argv)
+    repeats = cli.take_count(argv, 'repeats', 10, least=2)
+    compilations = cli.take_count(argv, 'compilations', 3, least=2)
+    processes = cli.take_count(argv, 'processes', 2, least=0)
+    config, workdir = cli.parse_flags(argv, prefix='audit_')
+    if tensors_to is not None:
+        tensors: Any = noise.flatten(compile_step(*prepare(config)).run())
+        np.savez(tensors_to, **tensors)
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(dir=workdir, prefix='.tensors_')
+    except OSError as error:
+        raise UsageError(
+            f'--workdir={workdir}: cannot be written ({error.strerror}); name another folder'
+        ) from error
+    with folder as name:
+        verdict = audit(config, child_argv, name, repeats, compilations, processes)
+    for line in screen(config, verdict):
+        print(line)
+    records.write_json(
+        workdir / 'audit.json',
+        {
+            **records.environment(),
+            'config': json.loads(json.dumps(config.to_dict())),
+            'compiler_options': determinism.compiler_options(config.determinism.mode),
+            **verdict.record(full=True),
+        },
+    )
+    print(f'{workdir}/audit.json has every tensor')
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command line `argv` (with the program's name); returns the exit status."""
+    if {'-h', '--help'} & set(argv[1:]):
+        print(__doc__)
+        return 0
+    return cli.exit_status(lambda: run(argv))
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv))
