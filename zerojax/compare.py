@@ -482,7 +482,7 @@ def report(found: Record) -> str:
         lines += ['', f'1 and {number}', *_wrapped(_pair_rows(pair))]
     lines += [
         '',
-        f'All {len(found["runs"])} together',
+        f'All {len(found["runs"])} runs together',
         *_wrapped(_ensemble_rows(found['ensemble'])),
     ]
     return '\n'.join(lines)
