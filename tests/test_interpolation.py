@@ -60,7 +60,7 @@ def test_statistics_are_what_the_running_averages_take_up(network):
 
     with jax.enable_x64(True), jax.numpy_dtype_promotion('standard'):  # as BatchNorm needs it
         found, updates = both(jnp.asarray(RNG.normal(size=(6, 8, 8, 1))))
-    old = variables['batch_stats']
+    old, updates = variables['batch_stats'], jax.device_get(updates)
     expected = jax.tree.map(
         lambda new, old: (new - 0.9 * old) / 0.1, updates.get('batch_stats', {}), old
     )
