@@ -56,26 +56,37 @@ def create_state(
     *,
     seed: int,
     perturbation_seed: int,
+    dtype: Any = jnp.float32,
 ) -> TrainState:
     """The state before the first step, for images of shape [H, W, C].
 
     `seed` decides the initial weights, the order of examples, augmentation and dropout;
-    `perturbation_seed` only the perturbation.
+    `perturbation_seed` only the perturbation. Parameters are drawn in float32 and then rounded to
+    `dtype`, in which the network computes; statistics are held in float32 or better.
     """
     root = jax.random.key(seed)
     init_key, *keys = [jax.random.fold_in(root, i) for i in range(1 + len(KEY_PURPOSES))]
+    perturbation_key = jax.random.fold_in(jax.random.key(perturbation_seed), 1 + len(KEY_PURPOSES))
     variables = model.init(init_key, jnp.zeros((1, *image_shape)), train=False)
+    params = jax.tree.map(lambda x: x.astype(dtype), variables['params'])
+    batch_stats = jax.tree.map(
+        lambda x: x.astype(at_least_float32(dtype)), variables.get('batch_stats', {})
+    )
     return TrainState(
         step=jnp.int32(0),
-        params=variables['params'],
-        batch_stats=variables.get('batch_stats', {}),
+        params=params,
+        batch_stats=batch_stats,
         mask=None,
-        opt_state=tx.init(variables['params']),
-        keys=dict(zip(KEY_PURPOSES, keys, strict=True))
-        | {'perturbation': jax.random.key(perturbation_seed)},
+        opt_state=tx.init(params),
+        keys=dict(zip(KEY_PURPOSES, keys, strict=True)) | {'perturbation': perturbation_key},
         broken_at_step=jnp.int32(-1),
         nonfinite_at_step=jnp.int32(-1),
     )
+
+
+def at_least_float32(dtype: Any) -> Any:
+    """The dtype itself, or float32 for floats of less precision."""
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
 
 
 def _probabilities(labels: jax.Array, logits_BxN: jax.Array) -> jax.Array:
@@ -86,11 +97,12 @@ def _probabilities(labels: jax.Array, logits_BxN: jax.Array) -> jax.Array:
 
 
 def cross_entropy(logits_BxN: jax.Array, labels: jax.Array) -> jax.Array:
-    """Cross-entropy of each example in nats, [B].
+    """Cross-entropy of each example in nats, [B], computed in float32 or better.
 
     `labels` are int [B] or probabilities [B, N]. One-hot rows stand for the former, so that the
     gradient needs no scatter.
     """
+    logits_BxN = logits_BxN.astype(at_least_float32(logits_BxN.dtype))
     return optax.softmax_cross_entropy(logits_BxN, _probabilities(labels, logits_BxN))
 
 
@@ -122,34 +134,42 @@ def train_step_function(
     *,
     perturbation: perturb.Perturbation = perturb.NONE,
     project: bool = False,
+    orbits: symmetry.Orbits | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The train step as a pure function that is not jitted; see `make_train_step`."""
     feature_axes = model.feature_axes()
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        params = perturb.apply(perturbation, state.params, state.keys['perturbation'], state.step)
+        noise_key = state.keys['perturbation']
+        params = perturb.perturb_weights(
+            perturbation, state.params, noise_key, state.step, feature_axes['params']
+        )
         params = _pruned(params, state.mask)
-        symmetric = symmetry.is_symmetric(params, feature_axes['params'])
+        symmetric = symmetry.is_symmetric(params, feature_axes['params'], orbits)
 
         def loss_function(params: Tree) -> tuple[jax.Array, tuple[jax.Array, Tree]]:
-            logits_BxN, updated = model.apply(
-                {'params': params, 'batch_stats': state.batch_stats},
-                batch['image'],
-                train=True,
-                mutable=['batch_stats'],
-                rngs={'dropout': jax.random.fold_in(state.keys['dropout'], state.step)},
-            )
+            with perturb.perturbed_outputs(
+                perturbation, feature_axes['params'], noise_key, state.step
+            ):
+                logits_BxN, updated = model.apply(
+                    {'params': params, 'batch_stats': state.batch_stats},
+                    batch['image'],
+                    train=True,
+                    mutable=['batch_stats'],
+                    rngs={'dropout': jax.random.fold_in(state.keys['dropout'], state.step)},
+                )
             loss = jnp.mean(cross_entropy(logits_BxN, batch['label']))
             return loss, (logits_BxN, updated.get('batch_stats', {}))
 
         (loss, (logits_BxN, batch_stats)), grads = jax.value_and_grad(loss_function, has_aux=True)(
             params
         )
+        grads = perturb.perturb_gradients(perturbation, grads, noise_key, state.step)
         updates, opt_state = tx.update(grads, state.opt_state, params)
         params = _pruned(optax.apply_updates(params, updates), state.mask)
         if project:
-            params = symmetry.project(params, feature_axes['params'])
-            batch_stats = symmetry.project(batch_stats, feature_axes['batch_stats'])
+            params = symmetry.project(params, feature_axes['params'], orbits)
+            batch_stats = symmetry.project(batch_stats, feature_axes['batch_stats'], orbits)
 
         metrics = {
             'loss': loss,
@@ -179,6 +199,7 @@ def make_train_step(
     determinism: str = 'deterministic',
     perturbation: perturb.Perturbation = perturb.NONE,
     project: bool = False,
+    orbits: symmetry.Orbits | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A jitted train step (state, batch) -> (state, metrics); the state's buffers are donated.
 
@@ -186,9 +207,10 @@ def make_train_step(
         model: a network with `feature_axes`.
         tx: the optimizer.
         determinism: 'deterministic' or 'hardware', see `zerojax.determinism`.
-        perturbation: applied to the weights before the gradient is taken.
+        perturbation: see `zerojax.perturb`.
         project: whether the new weights and statistics are projected onto the symmetric subspace,
             so that no asymmetry outlives a step, whatever the kernels do.
+        orbits: which features are meant to be equal, by default all of a layer.
 
     The batch is {'image': float [B, H, W, C], 'label': int32 [B] or probabilities [B, N]}; the
     metrics are scalars of this batch: 'loss' (mean cross-entropy, nats), 'accuracy' and 'grad_norm'
@@ -197,7 +219,9 @@ def make_train_step(
     Raises:
         ValueError: the mode cannot be granted on this backend.
     """
-    train_step = train_step_function(model, tx, perturbation=perturbation, project=project)
+    train_step = train_step_function(
+        model, tx, perturbation=perturbation, project=project, orbits=orbits
+    )
     return jit_in_mode(train_step, determinism, donate_argnums=0)
 
 
