@@ -29,7 +29,7 @@ import contextlib
 import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -68,6 +68,8 @@ class Perturbation:
         count: of 'ulp' the number of weights; of 'unequal_init' the number of unique features.
         backward: of 'activation': whether gradients are perturbed instead.
 
+    A field that the kind has no use for must be left at its default; kind 'none' ignores all.
+
     Raises:
         ValueError: names the argument, its value and what is allowed.
     """
@@ -97,13 +99,13 @@ class Perturbation:
         if self.kind == 'unequal_init' and (self.at_step > 0 or self.every):
             name, value = ('at_step', self.at_step) if self.at_step > 0 else ('every', self.every)
             raise ValueError(f'{name}={value}: unequal_init is for the initial weights; must be 0')
-        if self.relative and self.kind not in ('gaussian', 'activation'):
+        if self.relative and self.kind not in ('none', 'gaussian', 'activation'):
             raise ValueError(f'relative={self.relative}: {self.kind} has no use for it')
         if self.count < 1:
             raise ValueError(f'count={self.count}: must be at least 1')
-        if self.count > 1 and self.kind not in ('ulp', 'unequal_init'):
+        if self.count > 1 and self.kind not in ('none', 'ulp', 'unequal_init'):
             raise ValueError(f'count={self.count}: {self.kind} has no use for it; leave it at 1')
-        if self.backward and self.kind != 'activation':
+        if self.backward and self.kind not in ('none', 'activation'):
             raise ValueError(f'backward={self.backward}: {self.kind} has no use for it')
         try:
             re.compile(self.layers)
@@ -300,17 +302,19 @@ def output_layers(feature_axes: Tree) -> dict[str, str]:
 
 @contextlib.contextmanager
 def perturbed_outputs(
-    perturbation: Perturbation, feature_axes: Tree, key: jax.Array, step: jax.Array
-) -> Any:
-    """Within it, `apply` of a Linen model perturbs the outputs of its layers where that is due.
+    perturbation: Perturbation, feature_axes: Tree, key: jax.Array
+) -> Iterator[None]:
+    """Within it, `apply` of a Linen model perturbs the outputs of its layers as the kind says.
 
-    Each layer draws from a key of its own, whichever are chosen. Raises nothing and changes nothing
-    for kinds that do not act on outputs.
+    When the perturbation is due is left to the caller. Each layer draws from a key of its own,
+    whichever are chosen.
+
+    Raises:
+        ValueError: a kind that does not act on outputs.
     """
-    if perturbation.kind not in OUTPUT_KINDS:
-        yield
-        return
-    p, key, due = perturbation, jax.random.fold_in(key, step), perturbation.due(step)
+    p = perturbation
+    if p.kind not in OUTPUT_KINDS:
+        raise ValueError(f'kind={p.kind!r}: must be one of {", ".join(OUTPUT_KINDS)}')
     keys = {
         module: jax.random.fold_in(key, i)
         for i, (module, path) in enumerate(output_layers(feature_axes).items())
@@ -322,38 +326,33 @@ def perturbed_outputs(
         module = '/'.join(context.module.path)
         if context.method_name != '__call__' or module not in keys:
             return output
-        return perturb_output(p, output, keys[module], due)
+        return perturb_output(p, output, keys[module])
 
     with nn.intercept_methods(intercept):
         yield
 
 
-def perturb_output(
-    perturbation: Perturbation, x: jax.Array, key: jax.Array, due: jax.Array
-) -> jax.Array:
-    """A layer's output x [..., C], perturbed if `due` (bool []) as the kind says."""
+def perturb_output(perturbation: Perturbation, x: jax.Array, key: jax.Array) -> jax.Array:
+    """A layer's output x [..., C], perturbed as the kind says."""
     p = perturbation
+    if p.kind == 'dropout':
+        kept = jax.random.bernoulli(key, 1 - p.scale, x.shape)
+        return jnp.where(kept, x / jnp.asarray(1 - p.scale, x.dtype), jnp.zeros_like(x))
+    if p.kind == 'disout':
+        return disout(x, key, p.scale)
 
-    def change(x: jax.Array) -> jax.Array:
-        if p.kind == 'dropout':
-            kept = jax.random.bernoulli(key, 1 - p.scale, x.shape)
-            return jnp.where(kept, x / jnp.asarray(1 - p.scale, x.dtype), jnp.zeros_like(x))
-        if p.kind == 'disout':
-            return disout(x, key, p.scale)
+    def add_noise(x: jax.Array) -> jax.Array:
         noise = jax.random.normal(key, x.shape, jnp.float32)
         return _add_noise(x, noise, p.scale, p.relative)
 
-    def change_if_due(x: jax.Array) -> jax.Array:
-        return jax.lax.cond(due, change, lambda x: x, x)
-
     if not p.backward:
-        return change_if_due(x)
+        return add_noise(x)
 
     @jax.custom_vjp
     def identity(x: jax.Array) -> jax.Array:
         return x
 
-    identity.defvjp(lambda x: (x, None), lambda _, gradient: (change_if_due(gradient),))
+    identity.defvjp(lambda x: (x, None), lambda _, gradient: (add_noise(gradient),))
     return identity(x)
 
 

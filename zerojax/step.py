@@ -4,6 +4,7 @@ Everything random is drawn from `fold_in(key of its own purpose, step)`, so one 
 randomness can be varied with the others held.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -148,22 +149,31 @@ def train_step_function(
         symmetric = symmetry.is_symmetric(params, feature_axes['params'], orbits)
 
         def loss_function(params: Tree) -> tuple[jax.Array, tuple[jax.Array, Tree]]:
-            with perturb.perturbed_outputs(
-                perturbation, feature_axes['params'], noise_key, state.step
-            ):
-                logits_BxN, updated = model.apply(
-                    {'params': params, 'batch_stats': state.batch_stats},
-                    batch['image'],
-                    train=True,
-                    mutable=['batch_stats'],
-                    rngs={'dropout': jax.random.fold_in(state.keys['dropout'], state.step)},
-                )
+            logits_BxN, updated = model.apply(
+                {'params': params, 'batch_stats': state.batch_stats},
+                batch['image'],
+                train=True,
+                mutable=['batch_stats'],
+                rngs={'dropout': jax.random.fold_in(state.keys['dropout'], state.step)},
+            )
             loss = jnp.mean(cross_entropy(logits_BxN, batch['label']))
             return loss, (logits_BxN, updated.get('batch_stats', {}))
 
-        (loss, (logits_BxN, batch_stats)), grads = jax.value_and_grad(loss_function, has_aux=True)(
-            params
-        )
+        def perturbed_loss_function(params: Tree) -> tuple[jax.Array, tuple[jax.Array, Tree]]:
+            key = jax.random.fold_in(noise_key, state.step)
+            with perturb.perturbed_outputs(perturbation, feature_axes['params'], key):
+                return loss_function(params)
+
+        gradient = jax.value_and_grad(loss_function, has_aux=True)
+        if perturbation.kind in perturb.OUTPUT_KINDS:
+            # Two whole programs, so that the arithmetic of steps without it is the ordinary one.
+            gradient = functools.partial(
+                jax.lax.cond,
+                perturbation.due(state.step),
+                jax.value_and_grad(perturbed_loss_function, has_aux=True),
+                gradient,
+            )
+        (loss, (logits_BxN, batch_stats)), grads = gradient(params)
         grads = perturb.perturb_gradients(perturbation, grads, noise_key, state.step)
         updates, opt_state = tx.update(grads, state.opt_state, params)
         params = _pruned(optax.apply_updates(params, updates), state.mask)
