@@ -281,7 +281,8 @@ def make_eval_step(
         logits_BxN: Any = model.apply(variables, preprocess(images), train=False)
         real_B = labels_B >= 0
         losses_B = jnp.where(real_B, cross_entropy(logits_BxN, labels_B), 0.0)
-        correct_B = real_B & (jnp.argmax(logits_BxN, axis=-1) == labels_B)
+        predicted_B = jnp.argmax(logits_BxN, axis=-1).astype(labels_B.dtype)
+        correct_B = real_B & (predicted_B == labels_B)
         return {
             'loss': jnp.sum(losses_B),
             'correct': jnp.sum(correct_B, dtype=jnp.int32),
