@@ -40,6 +40,7 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 Tree = Any
+Scale = float | jax.Array
 
 WEIGHT_KINDS = ('gaussian', 'one_weight', 'ulp', 'unequal_init')
 OUTPUT_KINDS = ('activation', 'dropout', 'disout')
@@ -56,7 +57,8 @@ class Perturbation:
     Attributes:
         kind: 'none', or one of those at the top of this file.
         scale: of the noise, as `kind` says. Of 'dropout' and 'disout' a share below 1; 'ulp' has
-            no use for it.
+            no use for it. May be a traced number, so that runs of different scales share one
+            executable; then it is not checked.
         at_step: number of updates done when it is applied (first); 0 perturbs the initial weights.
         every: n > 0 applies it again, with new noise, every n steps after `at_step`; 0 only once;
             None as fits the kind: once to weights, in each step what acts within a step.
@@ -75,7 +77,7 @@ class Perturbation:
     """
 
     kind: str = 'none'
-    scale: float = 0.0
+    scale: Scale = 0.0
     at_step: int = 0
     every: int | None = None
     layers: str = '.*'
@@ -86,12 +88,13 @@ class Perturbation:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f'kind={self.kind!r}: must be one of {", ".join(KINDS)}')
-        if not (math.isfinite(self.scale) and self.scale >= 0):
-            raise ValueError(f'scale={self.scale}: must be finite and at least 0')
-        if self.kind in ('dropout', 'disout') and self.scale >= 1:
-            raise ValueError(f'scale={self.scale}: must be below 1, it is the share of {self.kind}')
-        if self.kind == 'ulp' and self.scale != 0:
-            raise ValueError(f'scale={self.scale}: ulp has no use for it; leave it at 0.0')
+        if not isinstance(self.scale, jax.core.Tracer):
+            if not (math.isfinite(self.scale) and self.scale >= 0):
+                raise ValueError(f'scale={self.scale}: must be finite and at least 0')
+            if self.kind in ('dropout', 'disout') and self.scale >= 1:
+                raise ValueError(f'scale={self.scale}: must be below 1, a share of {self.kind}')
+            if self.kind == 'ulp' and self.scale != 0:
+                raise ValueError(f'scale={self.scale}: ulp has no use for it; leave it at 0.0')
         if self.at_step < 0:
             raise ValueError(f'at_step={self.at_step}: must be at least 0')
         if self.every is not None and self.every < 0:
@@ -153,7 +156,7 @@ def _normal(key: jax.Array) -> Callable[[int], jax.Array]:
     return lambda size: jax.random.normal(key, (size,), jnp.float32)
 
 
-def _add_noise(x: jax.Array, noise: jax.Array, scale: float, relative: bool) -> jax.Array:
+def _add_noise(x: jax.Array, noise: jax.Array, scale: Scale, relative: bool) -> jax.Array:
     """x + scale · noise, or x · (1 + scale · noise), rounded once to the dtype of x."""
     wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
     change = jnp.asarray(scale, wide) * noise.astype(wide)
@@ -163,7 +166,12 @@ def _add_noise(x: jax.Array, noise: jax.Array, scale: float, relative: bool) -> 
 
 
 def gaussian(
-    params: Tree, key: jax.Array, scale: float, layers: str = '.*', *, relative: bool = False
+    params: Tree,
+    key: jax.Array,
+    scale: Scale,
+    layers: str = '.*',
+    *,
+    relative: bool = False,
 ) -> Tree:
     """Adds scale · N(0, 1) to every weight of the chosen parameters, in units of the weights.
 
@@ -179,7 +187,12 @@ def gaussian(
 
 
 def unequal_init(
-    params: Tree, feature_axes: Tree, key: jax.Array, scale: float, count: int, layers: str = '.*'
+    params: Tree,
+    feature_axes: Tree,
+    key: jax.Array,
+    scale: Scale,
+    count: int,
+    layers: str = '.*',
 ) -> Tree:
     """Adds scale · N(0, 1), the same to all features d + n · count along every named axis.
 
@@ -214,7 +227,7 @@ def _random_hits(params: Tree, key: jax.Array, count: int, layers: str) -> jax.A
     return jnp.zeros(eligible.shape, bool).at[index].set(True) & eligible
 
 
-def one_weight(params: Tree, key: jax.Array, scale: float, layers: str = '.*') -> Tree:
+def one_weight(params: Tree, key: jax.Array, scale: Scale, layers: str = '.*') -> Tree:
     """Multiplies a single random weight by 1 + scale, among those chosen that are not 0.
 
     Without any such weight the parameters come back as they are.
@@ -356,7 +369,7 @@ def perturb_output(perturbation: Perturbation, x: jax.Array, key: jax.Array) -> 
     return identity(x)
 
 
-def disout(x: jax.Array, key: jax.Array, rate: float) -> jax.Array:
+def disout(x: jax.Array, key: jax.Array, rate: Scale) -> jax.Array:
     """Feature-map distortion: Tang et al., "Beyond Dropout: Feature Map Distortion", 2020.
 
     As in DropBlock (Ghiasi et al. 2018), blocks of `DISOUT_BLOCK` squared positions (less where the
@@ -377,7 +390,7 @@ def disout(x: jax.Array, key: jax.Array, rate: float) -> jax.Array:
         _, height, width, _ = x.shape
         block = min(DISOUT_BLOCK, height, width)
         places = (height - block + 1) * (width - block + 1)
-        seed_rate = min(1.0, rate * height * width / (block**2 * places))
+        seed_rate = jnp.minimum(1.0, rate * height * width / (block**2 * places))
         shape = (x.shape[0], height - block + 1, width - block + 1, x.shape[-1])
         seeds = jax.random.bernoulli(seed_key, seed_rate, shape).astype(jnp.float32)
         pad = ((0, 0), (block - 1, block - 1), (block - 1, block - 1), (0, 0))

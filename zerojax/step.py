@@ -16,6 +16,7 @@ import optax
 from zerojax import perturb, symmetry
 from zerojax.determinism import jit_in_mode
 from zerojax.models import Network
+from zerojax.precision import at_least_float32
 
 Tree = Any
 Batch = dict[str, jax.Array]
@@ -83,11 +84,6 @@ def create_state(
         broken_at_step=jnp.int32(-1),
         nonfinite_at_step=jnp.int32(-1),
     )
-
-
-def at_least_float32(dtype: Any) -> Any:
-    """The dtype itself, or float32 for floats of less precision."""
-    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
 
 
 def _probabilities(labels: jax.Array, logits_BxN: jax.Array) -> jax.Array:

@@ -1,6 +1,5 @@
 """One run, from top to bottom."""
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -31,6 +30,7 @@ from zerojax import (
 from zerojax.checkpoint import Checkpoints
 from zerojax.errors import RunError, UsageError
 from zerojax.evaluate import make_evaluation, make_layer_measurement
+from zerojax.precision import numbers_of
 from zerojax.progress import Progress
 from zerojax.step import (
     Batch,
@@ -72,7 +72,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> records.Record:
         )
         config = resolve(config, dataset)
         check_backend(config.determinism.mode)
-        with float64_if_asked_for(config):
+        with numbers_of(config.param_dtype):
             shapes = jax.eval_shape(functools.partial(new_state, config, dataset))
             check_layers(config, shapes.params)
             check_initial_weights(config, dataset)
@@ -425,13 +425,6 @@ def build_orbits(config: ConfigDict, dataset: data.Dataset) -> symmetry.Orbits |
     init = jax.jit(functools.partial(noiseless.init, train=False))
     params = init(jax.random.key(config.seed), images)['params']
     return symmetry.find_orbits(params, model.feature_axes()['params'])
-
-
-def float64_if_asked_for(config: ConfigDict) -> contextlib.AbstractContextManager[None]:
-    """Within it, JAX has 64-bit numbers if the parameters are to be such."""
-    if config.param_dtype == 'float64':
-        return jax.enable_x64(True)
-    return contextlib.nullcontext()
 
 
 def build_train_steps(config: ConfigDict, num_classes: int, orbits: symmetry.Orbits | None) -> Any:
