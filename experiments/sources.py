@@ -64,11 +64,9 @@ def one_layer(laboratory: Laboratory) -> dict[str, dict[str, Perturbation]]:
     }
 
 
-def onsets(
-    experiment: runs.Experiment, laboratory: Laboratory, p: Perturbation
-) -> list[int | None]:
+def onsets(laboratory: Laboratory, p: Perturbation, seeds: int) -> list[int | None]:
     """Of each seed."""
-    found = [laboratory.run(p, seed).onset() for seed in range(experiment.seeds)]
+    found = [laboratory.run(p, seed).onset() for seed in range(seeds)]
     print(f'   {p.kind} {p.scale:g} count {p.count} {p.layers}: {found}', flush=True)
     return found
 
