@@ -28,6 +28,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
+from numpy.typing import ArrayLike
 
 from zerojax import cli, data
 from zerojax.config import check
@@ -69,10 +70,15 @@ class Run:
         return [line for line in self.lines if line['kind'] == kind]
 
 
-def main(run: Callable[[Experiment], None], documentation: str, seeds: int) -> int:
+def main(
+    run: Callable[[Experiment], None],
+    documentation: str,
+    seeds: int,
+    config_file: str = 'configs/digits.py',
+) -> int:
     """Reads the command line, runs the experiment, and returns the exit status.
 
-    `seeds` is the default number of seeds.
+    `seeds` and `config_file` are what it takes by default.
     """
     argv = list(sys.argv)
     if {'-h', '--help'} & set(argv[1:]):
@@ -93,7 +99,7 @@ def main(run: Callable[[Experiment], None], documentation: str, seeds: int) -> i
             number = int(text)
         command = ' '.join(['python -m', f'experiments.{name}', *sys.argv[1:]])
         if '--config' not in flags:
-            argv.insert(1, '--config=configs/digits.py')
+            argv.insert(1, f'--config={config_file}')
         if '--workdir' not in flags:
             argv.insert(1, f'--workdir=runs/experiments/{name}')
         config, workdir = cli.parse_flags(argv)
@@ -252,15 +258,14 @@ def style(index: int) -> dict[str, Any]:
     }
 
 
-def plot_band(
-    axes: Any, x: Sequence[float], series: Sequence[Sequence[float]], **kwargs: Any
-) -> None:
+def plot_band(axes: Any, x: ArrayLike, series: Sequence[ArrayLike], **kwargs: Any) -> None:
     """The mean of several series as a line, mean ± sample standard deviation as a band.
 
     On a logarithmic axis both are taken of the logarithms.
     """
     logarithmic = axes.get_yscale() == 'log'
-    values = np.log(series) if logarithmic else np.array(series, float)
+    values = np.array(series, float)
+    values = np.log(values) if logarithmic else values
     mean = values.mean(0)
     deviation = values.std(0, ddof=1) if len(values) > 1 else np.zeros_like(mean)
     curves = [mean, mean - deviation, mean + deviation]

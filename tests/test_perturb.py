@@ -1,9 +1,14 @@
+import contextlib
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from zerojax.perturb import Perturbation, apply, chosen, gaussian
+from zerojax import perturb
+from zerojax.perturb import Perturbation, chosen, gaussian, perturb_weights
 
 KEY = jax.random.key(3)
 
@@ -48,37 +53,321 @@ def test_the_same_key_gives_the_same_bits_another_key_others(dtype):
     assert (first != other).any()
 
 
+def changed(before, after):
+    """Number of entries that differ in each array, by path."""
+    counts = jax.tree.map(lambda x, y: int(np.sum(np.asarray(x) != np.asarray(y))), before, after)
+    return {
+        '/'.join(str(key.key) for key in path): count
+        for path, count in jax.tree_util.tree_flatten_with_path(counts)[0]
+        if count
+    }
+
+
+def test_relative_noise_is_relative():
+    """And 0 stays 0."""
+    params = {'a': jnp.array([1e-6, -1.0, 1e6, 0.0] * 40_000)}
+    noisy = np.asarray(gaussian(params, KEY, 1e-2, relative=True)['a']).reshape(-1, 4)
+    relative = noisy[:, :3] / np.array([1e-6, -1.0, 1e6]) - 1
+    np.testing.assert_allclose(relative.std(axis=0), 1e-2, rtol=0.03)
+    assert (noisy[:, 3] == 0).all()
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_one_noise_serves_all_precisions_and_is_rounded_once(dtype):
+    x = jnp.linspace(-2, 2, 999)
+    exact = np.asarray(gaussian({'a': x.astype(dtype)}, KEY, 0.1)['a'], np.float64)
+    noise = np.asarray(gaussian({'a': jnp.zeros(999)}, KEY, 0.1)['a'])
+    expected = jnp.asarray(np.asarray(x.astype(dtype), np.float32) + noise).astype(dtype)
+    np.testing.assert_array_equal(exact, np.asarray(expected, np.float64))
+
+
+def test_float64_keeps_what_float32_would_round_away():
+    with jax.enable_x64(True):
+        noisy = gaussian({'a': jnp.ones(100, jnp.float64)}, KEY, 1e-12)['a'] - 1
+        assert 0 < float(jnp.abs(noisy).max()) < 1e-11
+
+
+@pytest.mark.parametrize('layers,expected', [('.*', 20), ('block', 8)])
+def test_one_weight_changes_one_that_is_not_zero(layers, expected):
+    """By its factor; over many keys every such weight is met, as often as any other."""
+    params = {
+        'stem': jnp.full((3, 4), 2.0),
+        'block': {'kernel': jnp.zeros((5, 5)), 'scale': jnp.full(8, 2.0)},
+    }
+    after = perturb.one_weight(params, KEY, 0.25, layers)
+    assert sum(changed(params, after).values()) == 1
+    assert max(float(x.max()) for x in jax.tree.leaves(after)) == 2.5
+
+    hits = jax.vmap(lambda key: perturb.one_weight(params, key, 0.25, layers))(
+        jax.random.split(KEY, 1000 * expected)
+    )
+    counts = [np.asarray(x == 2.5).sum(axis=0).ravel() for x in jax.tree.leaves(hits)]
+    met = np.concatenate(counts)
+    met = met[met > 0]
+    assert len(met) == expected
+    assert met.sum() == 1000 * expected
+    assert abs(met - 1000).max() < 4 * np.sqrt(1000)
+
+
+def test_one_weight_of_none_is_none():
+    params = {'a': jnp.zeros(5)}
+    assert changed(params, perturb.one_weight(params, KEY, 0.5)) == {}
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize('count', [1, 7, 100])
+def test_ulp_moves_as_many_weights_to_the_next_number_above(dtype, count):
+    values = np.array([1.0, -1.0, 0.0, 3e-5, -7.25] * 8)
+    params = {'a': jnp.asarray(values, dtype), 'b': {'c': jnp.zeros((2, 2), dtype)}}
+    after = perturb.ulp(params, KEY, count)
+    assert changed(params, after) == {'a': min(count, 32)}
+    above = jnp.nextafter(params['a'], jnp.asarray(jnp.inf, dtype))
+    assert ((after['a'] == params['a']) | (after['a'] == above)).all()
+
+
+def test_dtypes_may_be_mixed():
+    params = {'a': jnp.ones(50, jnp.float32), 'b': jnp.ones(50, jnp.bfloat16)}
+    for kind in ('gaussian', 'one_weight', 'ulp'):
+        p = Perturbation(kind, 0.0 if kind == 'ulp' else 0.5, count=30 if kind == 'ulp' else 1)
+        after = perturb_weights(p, params, KEY, jnp.int32(0))
+        assert [after[k].dtype for k in 'ab'] == [jnp.float32, jnp.bfloat16]
+        assert changed(params, after)
+
+
+@pytest.mark.parametrize('count', [1, 3, 20])
+def test_unequal_init_leaves_so_many_unique_features(count):
+    axes = {'a': {'kernel': (None, 'x')}, 'b': {'kernel': ('x', 'y'), 'bias': ('y',)}}
+    params = {
+        'a': {'kernel': jnp.ones((4, 8))},
+        'b': {'kernel': jnp.ones((8, 9)), 'bias': jnp.zeros(9)},
+    }
+    after = perturb.unequal_init(params, axes, KEY, 0.1, count)
+    assert changed(params, after).keys() == {'a/kernel', 'b/kernel', 'b/bias'}
+    kernel = np.asarray(after['b']['kernel'])
+    assert len(np.unique(kernel, axis=0)) == min(count, 8)
+    assert len(np.unique(kernel, axis=1).T) == min(count, 9)
+    np.testing.assert_array_equal(kernel, kernel[np.arange(8) % count][:, np.arange(9) % count])
+    assert len(np.unique(np.asarray(after['a']['kernel'])[0])) == min(count, 8)
+
+
 @pytest.mark.parametrize(
-    'every,due', [(0, {5}), (1, {5, 6, 7, 8, 9, 10, 11}), (3, {5, 8, 11}), (100, {5})]
-)
-def test_it_is_applied_exactly_when_due(every, due):
-    perturbation = Perturbation('gaussian', 1e-3, at_step=5, every=every)
-    step_weights = jax.jit(lambda step: apply(perturbation, weights(), KEY, step))
-    seen = []
-    for step in range(12):
-        scale = np.asarray(step_weights(step)['block1_0']['bn']['scale'])
-        if (scale != 1).any():
-            seen.append((step, scale.tobytes()))
-    assert {step for step, _ in seen} == due
-    assert len({noise for _, noise in seen}) == len(due), 'each time the noise must be new'
+    'kind,every,due',
+    [
+        ('gaussian', None, {5}), ('gaussian', 0, {5}), ('gaussian', 1, set(range(5, 12))),
+        ('gaussian', 3, {5, 8, 11}), ('gaussian', 100, {5}),
+        ('activation', None, set(range(5, 12))), ('activation', 0, {5}), ('gradient', 4, {5, 9}),
+    ],
+)  # fmt: skip
+def test_it_is_due_exactly_when_it_should_be(kind, every, due):
+    perturbation = Perturbation(kind, 1e-3, at_step=5, every=every)
+    assert {step for step in range(12) if perturbation.due(jnp.int32(step))} == due
+
+
+@pytest.mark.parametrize('kind', ['gaussian', 'one_weight'])
+def test_each_time_the_noise_is_new_and_between_nothing_changes(kind):
+    perturbation = Perturbation(kind, 1e-3, at_step=1, every=2)
+    step_weights = jax.jit(lambda step: perturb_weights(perturbation, weights(), KEY, step))
+    seen = [bytes(np.asarray(step_weights(step)['stem']['kernel'])) for step in range(6)]
+    plain = bytes(np.asarray(weights()['stem']['kernel']))
+    assert [each == plain for each in seen] == [True, False] * 3
+    assert len({seen[1], seen[3], seen[5]}) == 3
 
 
 def test_kind_none_returns_the_weights_themselves():
     params = weights()
-    assert apply(Perturbation(), params, KEY, jnp.int32(0)) is params
+    assert perturb_weights(Perturbation(), params, KEY, jnp.int32(0)) is params
 
 
 def test_chosen_lists_paths():
     assert chosen(weights(), 'stem|.*bias') == ['block1_0/bn/bias', 'stem/kernel']
 
 
+class Stack(nn.Module):
+    """A model that zerojax does not ship: two convolutions and a head."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(6, (3, 3), name='first')(x)
+        x = nn.Conv(5, (3, 3), name='second')(x)
+        return nn.Dense(3, name='head')(x.mean(axis=(1, 2)))
+
+
+STACK_AXES = {
+    'first': {'kernel': (None, None, None, 'a'), 'bias': ('a',)},
+    'second': {'kernel': (None, None, 'a', 'b'), 'bias': ('b',)},
+    'head': {'kernel': ('b', None), 'bias': (None,)},
+}
+
+
+def stack_outputs(perturbation=None, key=KEY):
+    """Outputs of the layers, and the gradient of the first kernel."""
+    images = jax.random.normal(jax.random.key(9), (8, 12, 12, 2))
+    params = Stack().init(jax.random.key(0), images)['params']
+
+    def loss(params):
+        context = contextlib.nullcontext()
+        if perturbation is not None:
+            context = perturb.perturbed_outputs(perturbation, STACK_AXES, key)
+        with context:
+            logits, captured = Stack().apply(
+                {'params': params}, images, capture_intermediates=True, mutable=['intermediates']
+            )
+        outputs = {
+            k: v['__call__'][0] for k, v in captured['intermediates'].items() if k != '__call__'
+        }
+        return jnp.sum(logits**2), outputs
+
+    (_, outputs), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+    return outputs, gradients
+
+
+def test_layers_with_output_features_are_found_from_the_declaration():
+    assert perturb.output_layers(STACK_AXES) == {
+        'first': 'first/kernel', 'second': 'second/kernel',
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize('kind,scale', [('activation', 1e-3), ('dropout', 0.3), ('disout', 0.3)])
+def test_only_the_chosen_layer_is_perturbed_and_what_follows_from_it(kind, scale):
+    plain, _ = stack_outputs()
+    second, _ = stack_outputs(Perturbation(kind, scale, layers='second'))
+    assert changed(plain, second).keys() == {'second', 'head'}
+    both, _ = stack_outputs(Perturbation(kind, scale))
+    assert changed(plain, both).keys() == {'first', 'second', 'head'}
+    again, _ = stack_outputs(Perturbation(kind, scale))
+    assert changed(both, again) == {}
+    other, _ = stack_outputs(Perturbation(kind, scale), key=jax.random.key(5))
+    assert changed(both, other)
+
+
+def test_a_kind_that_does_not_act_on_outputs_is_refused_for_them():
+    with pytest.raises(ValueError, match="kind='gaussian': must be one of activation, dropout"):
+        stack_outputs(Perturbation('gaussian', 1.0))
+
+
+def test_noise_on_activations_has_the_stated_law():
+    plain, _ = stack_outputs()
+    noisy, _ = stack_outputs(Perturbation('activation', 1e-2, layers='second'))
+    noise = np.asarray(noisy['second'] - plain['second'])
+    assert noise.std() == pytest.approx(1e-2, rel=0.03)
+    noisy, _ = stack_outputs(Perturbation('activation', 1e-2, layers='second', relative=True))
+    relative = np.asarray(noisy['second'] / plain['second'] - 1)
+    assert relative.std() == pytest.approx(1e-2, rel=0.03)
+
+
+def test_backward_noise_changes_gradients_and_no_output():
+    perturbation = Perturbation('activation', 1e-3, layers='first', backward=True)
+    outputs, plain = stack_outputs()
+    same, noisy = stack_outputs(perturbation)
+    assert changed(outputs, same) == {}
+    assert changed(plain, noisy).keys() == {'first/bias', 'first/kernel'}
+    # The bias gets the sum of all gradients of its feature.
+    noise = np.asarray(noisy['first']['bias'] - plain['first']['bias'])
+    assert 0.2 < noise.std() / (1e-3 * np.sqrt(8 * 12 * 12)) < 3
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean():
+    plain, _ = stack_outputs()
+    dropped, _ = stack_outputs(Perturbation('dropout', 0.3, layers='second'))
+    kept = np.asarray(dropped['second'] != 0)
+    assert kept.mean() == pytest.approx(0.7, abs=0.03)
+    np.testing.assert_allclose(
+        dropped['second'][kept], np.asarray(plain['second'])[kept] / 0.7, rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize('size,rate', [(16, 0.1), (12, 0.3), (4, 0.2)])
+def test_disout_distorts_whole_blocks_by_weak_noise(size, rate):
+    x = 9 + jax.random.normal(jax.random.key(1), (64 * (16 // size) ** 2, size, size, 8))
+    x, y = np.asarray(x), np.asarray(perturb.disout(x, KEY, rate))
+    kept_share = 1 - np.mean(y < 1)
+    distorted = y < 1
+    np.testing.assert_allclose(y[~distorted], np.asarray(x)[~distorted] / kept_share, rtol=1e-5)
+    assert np.std(y[distorted]) == pytest.approx(0.01 * np.std(x) / kept_share, rel=0.05)
+    # Blocks overlap, so the share lies below the rate, and not far.
+    assert 0.6 * rate < 1 - kept_share < 1.1 * rate
+    # Every distorted place belongs to a distorted block.
+    block = min(perturb.DISOUT_BLOCK, size)
+    windows = np.lib.stride_tricks.sliding_window_view(distorted, (block, block), axis=(1, 2))
+    whole = windows.all(axis=(-1, -2))
+    covered = np.zeros_like(distorted)
+    for i in range(block):
+        for j in range(block):
+            covered[:, i : i + whole.shape[1], j : j + whole.shape[2]] |= whole
+    np.testing.assert_array_equal(covered, distorted)
+
+
+def test_disout_without_space_distorts_single_entries_and_rate_0_none():
+    x = 9 + jax.random.normal(jax.random.key(1), (64, 300))
+    assert np.mean(np.asarray(perturb.disout(x, KEY, 0.2)) < 1) == pytest.approx(0.2, abs=0.01)
+    np.testing.assert_array_equal(perturb.disout(x, KEY, 0.0), x)
+
+
+def test_noise_on_gradients_is_relative():
+    grads = {'a': jnp.array([1e-6, -1.0, 0.0] * 5000), 'b': jnp.ones(3)}
+    p = Perturbation('gradient', 1e-7 * 100, layers='a')
+    noisy = perturb.perturb_gradients(p, grads, KEY, jnp.int32(4))
+    assert changed(grads, noisy).keys() == {'a'}
+    relative = np.asarray(noisy['a'] / jnp.where(grads['a'] == 0, 1, grads['a'])).reshape(-1, 3)
+    np.testing.assert_allclose(relative[:, :2].std(axis=0), 1e-5, rtol=0.05)
+    assert (relative[:, 2] == 0).all()
+
+
+def test_in_an_optax_chain_weights_are_perturbed_after_so_many_updates():
+    """Up to the rounding of the sum, and by the noise of the plain function."""
+    p = Perturbation('gaussian', 1e-2, at_step=3)
+    tx = optax.chain(optax.sgd(0.1), perturb.as_transformation(p, seed=4))
+    plain = optax.sgd(0.1)
+    params = plain_params = {'a': jnp.linspace(-1, 1, 50)}
+    state, plain_state = tx.init(params), plain.init(params)
+    for step in range(1, 6):
+        updates, state = tx.update(params, state, params)
+        params = optax.apply_updates(params, updates)
+        updates, plain_state = plain.update(plain_params, plain_state, plain_params)
+        plain_params = optax.apply_updates(plain_params, updates)
+        if step < 3:
+            np.testing.assert_array_equal(params['a'], plain_params['a'])
+        if step == 3:
+            expected = perturb_weights(p, plain_params, jax.random.key(4), jnp.int32(3))
+            np.testing.assert_allclose(params['a'], expected['a'], atol=1e-7)
+            plain_params = params
+    np.testing.assert_array_equal(params['a'], plain_params['a'])
+
+
+def test_in_an_optax_chain_gradients_are_perturbed_before_all_else():
+    p = Perturbation('gradient', 1e-3)
+    tx = optax.chain(perturb.as_transformation(p, seed=4), optax.sgd(0.1))
+    grads = {'a': jnp.ones(50)}
+    updates, _ = tx.update(grads, tx.init(grads), grads)
+    expected = perturb.perturb_gradients(p, grads, jax.random.key(4), jnp.int32(0))
+    np.testing.assert_array_equal(updates['a'], -0.1 * expected['a'])
+
+
 @pytest.mark.parametrize(
-    'field,value',
+    'p,message',
     [
-        ('kind', 'ulps'), ('scale', -1.0), ('scale', float('nan')), ('scale', float('inf')),
-        ('at_step', -1), ('every', -1), ('layers', '('),
+        (Perturbation('dropout', 0.1), "kind='dropout': acts on outputs"),
+        (Perturbation('gaussian', 0.1), 'at_step=0: the initial weights come before'),
+    ],
+)
+def test_what_a_chain_cannot_do_is_refused(p, message):
+    with pytest.raises(ValueError, match=message):
+        perturb.as_transformation(p)
+
+
+@pytest.mark.parametrize(
+    'field,arguments',
+    [
+        ('kind', {'kind': 'ulps'}), ('scale', {'scale': -1.0}), ('scale', {'scale': float('nan')}),
+        ('scale', {'scale': float('inf')}), ('scale', {'kind': 'dropout', 'scale': 1.0}),
+        ('scale', {'kind': 'ulp', 'scale': 1e-3}), ('at_step', {'at_step': -1}),
+        ('at_step', {'kind': 'unequal_init', 'at_step': 1}), ('every', {'every': -1}),
+        ('every', {'kind': 'unequal_init', 'every': 1}), ('layers', {'layers': '('}),
+        ('relative', {'kind': 'ulp', 'relative': True}), ('count', {'count': 0}),
+        ('count', {'kind': 'gaussian', 'count': 2}),
+        ('backward', {'kind': 'gradient', 'backward': True}),
     ],
 )  # fmt: skip
-def test_a_bad_field_is_named_with_its_value(field, value):
+def test_a_bad_field_is_named_with_its_value(field, arguments):
     with pytest.raises(ValueError, match=f'^{field}='):
-        Perturbation(**{field: value})
+        Perturbation(**arguments)

@@ -61,20 +61,86 @@ def test_without_perturbation_features_stay_bitwise_identical(convolution, short
     assert state.nonfinite_at_step == -1
 
 
-@pytest.mark.parametrize('at_step', [0, 4])
-def test_a_perturbation_breaks_symmetry_at_its_step_and_nothing_before(at_step):
-    perturbation = perturb.Perturbation('gaussian', 1e-6, at_step=at_step)
-    _, _, state, train_step = setup(perturbation)
-    _, _, plain_state, plain_step = setup()
-    for number, batch in enumerate(batches(8)):
+@pytest.fixture(scope='module')
+def unperturbed_bits():
+    """Of parameters and optimizer after each of 6 steps."""
+    _, _, state, train_step = setup()
+    after = []
+    for batch in batches(6):
         state, _ = train_step(state, batch)
-        plain_state, _ = plain_step(plain_state, batch)
+        after.append(bits((state.params, state.opt_state)))
+    return after
+
+
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        {'kind': 'gaussian', 'scale': 1e-6}, {'kind': 'one_weight', 'scale': 1e-3},
+        {'kind': 'ulp', 'count': 500}, {'kind': 'unequal_init', 'scale': 1e-3, 'count': 2},
+        {'kind': 'gradient', 'scale': 1e-6}, {'kind': 'activation', 'scale': 1e-6},
+        {'kind': 'activation', 'scale': 1e-6, 'backward': True},
+        {'kind': 'dropout', 'scale': 0.1}, {'kind': 'disout', 'scale': 0.1},
+    ],
+    ids=lambda arguments: '-'.join(map(str, arguments.values())),
+)  # fmt: skip
+def test_a_perturbation_changes_its_step_and_not_a_bit_before(arguments, unperturbed_bits):
+    at_step = 0 if arguments['kind'] == 'unequal_init' else 3
+    perturbation = perturb.Perturbation(**arguments, at_step=at_step, every=0)
+    _, _, state, train_step = setup(perturbation)
+    for number, batch in enumerate(batches(6)[: at_step + 2]):
+        state, _ = train_step(state, batch)
         # The state after update number at_step is the first that the perturbation can differ in.
-        same = bits((state.params, state.opt_state)) == bits(
-            (plain_state.params, plain_state.opt_state)
-        )
+        same = bits((state.params, state.opt_state)) == unperturbed_bits[number]
         assert same == (number < at_step)
-        assert state.broken_at_step == (-1 if number < at_step else at_step)
+    # Weights are perturbed before the gradient of that step, all else breaks those of the next.
+    weights_first = arguments['kind'] in perturb.WEIGHT_KINDS
+    assert state.broken_at_step == (at_step if weights_first else at_step + 1)
+
+
+def test_broken_at_step_and_projection_know_orbits():
+    model = models.create('leakynet', depth=7, width=1, init='iiii', convolution='patches')
+    tx = optimizer.sgd(optax.constant_schedule(0.05), 0.9, False, 5e-4)
+    state = step.create_state(model, tx, (8, 8, 3), seed=0, perturbation_seed=0)
+    orbits = symmetry.find_orbits(state.params, model.feature_axes()['params'])
+    assert set(orbits.counts().values()) == {3}
+    key = jax.random.key(1)
+    batch = {
+        'image': jax.random.normal(key, (16, 8, 8, 3)),
+        'label': jax.random.randint(key, (16,), 0, 10),
+    }
+    for given, broken in ((None, 0), (orbits, -1)):
+        train_step = step.make_train_step(model, tx, project=given is not None, orbits=given)
+        end = jax.tree.map(jnp.copy, state)
+        for _ in range(3):
+            end, _ = train_step(end, batch)
+        assert end.broken_at_step == broken
+        axes = model.feature_axes()['params']
+        assert symmetry.is_symmetric(end.params, axes, given) == (given is not None)
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float64'])
+def test_parameters_of_another_precision_train(dtype):
+    """The loss and the statistics are held in float32 at least."""
+    # Flax's BatchNorm mixes dtypes for that.
+    with jax.enable_x64(dtype == 'float64'), jax.numpy_dtype_promotion('standard'):
+        model = models.create('constnet', depth=7, width=1, convolution='patches')
+        tx = optimizer.sgd(optax.constant_schedule(0.05), 0.9, False, 5e-4)
+        state = step.create_state(
+            model, tx, SHAPE, seed=0, perturbation_seed=0, dtype=jnp.dtype(dtype)
+        )
+        perturbation = perturb.Perturbation('gaussian', 1e-2, at_step=1)
+        train_step = step.make_train_step(model, tx, perturbation=perturbation)
+        batch = jax.tree.map(
+            lambda x: x.astype(dtype) if x.dtype == jnp.float32 else x, batches(1)[0]
+        )
+        state, _ = train_step(state, batch)
+        assert state.broken_at_step == -1
+        state, metrics = train_step(state, batch)
+        assert state.broken_at_step == 1
+        assert {str(x.dtype) for x in jax.tree.leaves(state.params)} == {dtype}
+        wide = 'float64' if dtype == 'float64' else 'float32'
+        assert {str(x.dtype) for x in jax.tree.leaves(state.batch_stats)} == {wide}
+        assert metrics['loss'].dtype == wide
 
 
 def test_dropout_breaks_symmetry_without_any_perturbation():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+from zerojax import precision
 from zerojax.checkpoint import Checkpoints
 from zerojax.config import default_config
 from zerojax.errors import RunError, UsageError
@@ -235,6 +236,18 @@ def test_a_lottery_ticket_is_pruned_rewound_and_stays_pruned(tiny_config, tmp_pa
             {'symmetry.project': True, 'model.init': 'he'},
             'project=True: constnet with init',
         ),
+        (
+            {
+                'perturbation.kind': 'ulp',
+                'perturbation.scale': 0.0,
+                'perturbation.layers': '.*conv',
+            },
+            r"perturbation\.layers='\.\*conv': chooses 0 weights that are not 0 .* needs 1",
+        ),
+        (
+            {'perturbation.kind': 'dropout', 'perturbation.layers': 'head'},
+            r"perturbation\.layers='head': matches no layer .* kernels are block1_0/conv/kernel",
+        ),
     ],
 )
 def test_what_cannot_be_pruned_or_frozen_is_refused(dense, tiny_config, tmp_path, change, message):
@@ -267,3 +280,15 @@ def test_a_network_that_is_not_finite_at_the_start_is_an_error(tiny_config, tmp_
     tiny_config.perturbation.layers = 'head'
     with pytest.raises(RunError, match=r'^step [012]: .* not finite'):
         train(tiny_config, tmp_path)
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float64'])
+def test_a_run_of_another_precision_resumes_to_the_same_weights(tiny_config, tmp_path, dtype):
+    tiny_config.param_dtype = dtype
+    tiny_config.model.name, tiny_config.num_steps = 'mlp', 12
+    first = train(tiny_config, tmp_path)
+    with precision.numbers_of(dtype):
+        assert {str(x.dtype) for x in variables(tmp_path, 12).values()} == {dtype}
+    shutil.rmtree(tmp_path / 'checkpoints' / '12')
+    assert train(tiny_config, tmp_path)['params_sha256'] == first['params_sha256']
+    assert not jax.config.jax_enable_x64

@@ -67,7 +67,9 @@ def compile_step(config: ConfigDict, dataset: data.Dataset) -> step_audit.Compil
     examples = {'image': dataset.train.images, 'label': dataset.train.labels}
     source = jax.device_put((examples, order))
     with noise.no_compilation_cache():
-        train_steps = train.build_train_steps(config, dataset.num_classes)
+        train_steps = train.build_train_steps(
+            config, dataset.num_classes, train.build_orbits(config, dataset)
+        )
         return step_audit.CompiledStep(
             train_steps.lower(state, source, np.int32(1)).compile(),
             train.compile_inspection(config, dataset.num_classes, state, source),

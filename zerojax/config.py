@@ -16,6 +16,8 @@ from ml_collections import ConfigDict, config_dict
 from zerojax import data, determinism, models, perturb, pruning
 from zerojax.errors import UsageError
 
+PARAM_DTYPES = ('float32', 'float64', 'bfloat16')
+
 
 def default_config() -> ConfigDict:
     """All fields with their defaults: the paper's ConstNet and training settings, no dataset."""
@@ -29,6 +31,8 @@ def default_config() -> ConfigDict:
     config.checkpoint_every_steps = 1000
     config.keep_checkpoints_at = ()  # steps kept for good, beside the newest three
     config.steps_per_call = 1  # train steps in one dispatch; see docs/performance.md
+
+    config.param_dtype = 'float32'  # or 'float64', 'bfloat16': of weights and arithmetic
 
     config.model = ConfigDict()
     config.model.name = 'constnet'  # or 'leakynet', 'mlp' (the toy), 'wideresnet' (a baseline)
@@ -58,12 +62,16 @@ def default_config() -> ConfigDict:
     config.determinism.mode = 'deterministic'  # or 'hardware': whatever the kernels do
 
     config.perturbation = ConfigDict()
-    config.perturbation.kind = 'none'  # or 'gaussian': scale * N(0, 1) added to the weights
+    config.perturbation.kind = 'none'  # or 'gaussian', 'one_weight', ...: see zerojax/perturb.py
     config.perturbation.scale = 0.0
     config.perturbation.seed = 0
     config.perturbation.at_step = 0  # after this many updates; 0: the initial weights
-    config.perturbation.every = 0  # and again every so many steps; 0: only once
+    # Again every so many steps; 0: only once; null: as the kind has it, see zerojax/perturb.py.
+    config.perturbation.every = config_dict.placeholder(int)
     config.perturbation.layers = '.*'  # regular expression on paths such as block1_0/conv/kernel
+    config.perturbation.relative = False  # of gaussian, activation: to what is perturbed
+    config.perturbation.count = 1  # of ulp: how many weights; of unequal_init: unique features
+    config.perturbation.backward = False  # of activation: perturb gradients instead
 
     config.symmetry = ConfigDict()
     config.symmetry.project = False  # put the weights back on the symmetric subspace at each step
@@ -135,11 +143,13 @@ RULES: dict[str, Rule] = {
     'eval_every_steps': _COUNT,
     'checkpoint_every_steps': _COUNT,
     'steps_per_call': _COUNT,
+    'param_dtype': _one_of(PARAM_DTYPES),
     'dataset.name': _one_of(data.NAMES),
     'determinism.mode': _one_of(determinism.MODES),
     'perturbation.seed': _SEED,
     'perturbation.at_step': _between(0, _INT32),
     'perturbation.every': _between(0, _INT32),
+    'perturbation.count': _COUNT,
     'optimizer.learning_rate': _at_least(0),
     'optimizer.name': _one_of(('sgd', 'radam')),
     'optimizer.momentum': _below_1(),
@@ -227,6 +237,7 @@ _OPTIONAL = {
     'num_steps': int,
     'num_epochs': int,
     'dataset.data_dir': str,
+    'perturbation.every': int,
     'model.sigma_w': float,
     'model.unique_features': int,
 }

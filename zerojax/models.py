@@ -119,6 +119,11 @@ class ConstNet(nn.Module):
         """Names of the submodules whose outputs follow one another, from the image on."""
         return ['stem', *(name for name, _, _ in self.blocks())]
 
+    def noiseless(self) -> 'ConstNet | None':
+        """The network without noise in its initial weights, from which `symmetry.find_orbits` tells
+        which features are meant to be equal; None if all of a layer are."""
+        return self if self.weight_init == 'hadamard' else None
+
     @nn.compact
     def __call__(self, images_BxHxWxC: jax.Array, train: bool) -> jax.Array:
         stem_init, kernel_init, shortcut_init = constnet_kernels(self.weight_init, self.sigma_w)
@@ -213,6 +218,12 @@ class LeakyNet(nn.Module):
         """Names of the submodules whose outputs follow one another, from the image on."""
         return ['stem', *(name for name, _, _ in self.blocks())]
 
+    def noiseless(self) -> 'LeakyNet | None':
+        """The network without noise in its initial weights, from which `symmetry.find_orbits` tells
+        which features are meant to be equal; None if all of a layer are."""
+        letters = self.weight_init.translate(str.maketrans('hak', '11i'))
+        return self.clone(weight_init=letters) if 'i' in letters else None
+
     @nn.compact
     def __call__(self, images_BxHxWxC: jax.Array, train: bool) -> jax.Array:
         stem_letter, *letters = list(self.weight_init.replace('_', ''))
@@ -234,12 +245,7 @@ class LeakyNet(nn.Module):
         return nn.Dense(self.num_classes, kernel_init=zeros, name='head')(x_BxC)
 
     def feature_axes(self) -> dict[str, Any]:
-        """As `ConstNet.feature_axes`: each convolution makes new features.
-
-        Identity layers ('i', 'k') start with weights that differ from feature to feature, although
-        the features that they hand on may be equal: `metrics.unique_features` of the activations
-        counts those.
-        """
+        """As `ConstNet.feature_axes`: each convolution makes new features."""
         params: dict[str, Any] = {'stem': {'kernel': (None, None, None, 'stem')}}
         batch_stats: dict[str, Any] = {}
         source = 'stem'
@@ -274,6 +280,11 @@ class MLP(nn.Module):
         """Names of the submodules whose outputs follow one another, from the image on."""
         return ['hidden']
 
+    def noiseless(self) -> 'MLP | None':
+        """The network without noise in its initial weights, from which `symmetry.find_orbits` tells
+        which features are meant to be equal; None if all of a layer are."""
+        return self if self.unique_features is not None else None
+
     @nn.compact
     def __call__(self, images_BxHxWxC: jax.Array, train: bool) -> jax.Array:
         del train
@@ -287,7 +298,7 @@ class MLP(nn.Module):
         return nn.Dense(self.num_classes, kernel_init=zeros, name='head')(nn.relu(hidden))
 
     def feature_axes(self) -> dict[str, Any]:
-        """As `ConstNet.feature_axes`; a single name, although copies of several features differ."""
+        """As `ConstNet.feature_axes`."""
         params = {
             'hidden': {'kernel': (None, 'hidden'), 'bias': ('hidden',)},
             'head': {'kernel': ('hidden', None), 'bias': (None,)},

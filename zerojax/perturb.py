@@ -1,54 +1,127 @@
-"""Injected asymmetry: what is added to the weights, where, when and how much."""
+"""Injected asymmetry: what is perturbed, where, when and how much.
 
+Kinds that change the weights, before the gradient of a step is taken:
+
+    gaussian      scale · N(0, 1) is added to every chosen weight, or the weight multiplied by
+                  1 + scale · N(0, 1) if `relative`
+    one_weight    a single random weight that is not 0 is multiplied by 1 + scale
+    ulp           `count` random weights that are not 0 move to the next representable number above
+    unequal_init  scale · N(0, 1) is added, the same to the features d, d + count, d + 2·count, ...
+                  along every feature axis, so that `count` unique features are left (at step 0)
+
+Kinds that act within a step:
+
+    gradient      every chosen entry of the gradient is multiplied by 1 + scale · N(0, 1); with the
+                  size of a rounding error it emulates the noise of nondeterministic kernels
+    activation    scale · N(0, 1) is added to the outputs of the chosen layers (or these are
+                  multiplied by 1 + scale · N(0, 1) if `relative`); if `backward`, to the gradient
+                  of the loss with respect to these outputs instead
+    dropout       outputs of the chosen layers are set to 0 with probability `scale`, the others
+                  divided by 1 - scale
+    disout        feature-map distortion (Tang et al., "Beyond Dropout", 2020) of a share `scale` of
+                  the outputs, see `disout`
+
+Noise is drawn in float32 whatever the dtype of what it perturbs, so runs of different precision are
+perturbed alike; it is added in float32 or better, and the result rounded once.
+"""
+
+import contextlib
 import dataclasses
 import math
 import re
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 Tree = Any
+Scale = float | jax.Array
 
-KINDS = ('none', 'gaussian')
+WEIGHT_KINDS = ('gaussian', 'one_weight', 'ulp', 'unequal_init')
+OUTPUT_KINDS = ('activation', 'dropout', 'disout')
+KINDS = ('none', *WEIGHT_KINDS, 'gradient', *OUTPUT_KINDS)
+
+DISOUT_BLOCK = 6  # side in positions, and strength, of the published code's default
+DISOUT_STRENGTH = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
 class Perturbation:
-    """A perturbation of the weights, applied before the gradient of a step is taken.
+    """A perturbation of training.
 
     Attributes:
-        kind: 'none', or 'gaussian': scale · N(0, 1) is added to every chosen weight.
-        scale: standard deviation of the noise, in units of the weights.
+        kind: 'none', or one of those at the top of this file.
+        scale: of the noise, as `kind` says. Of 'dropout' and 'disout' a share below 1; 'ulp' has
+            no use for it. May be a traced number, so that runs of different scales share one
+            executable; then it is not checked.
         at_step: number of updates done when it is applied (first); 0 perturbs the initial weights.
-        every: 0 applies it once; n > 0 again, with new noise, every n steps after `at_step`.
+        every: n > 0 applies it again, with new noise, every n steps after `at_step`; 0 only once;
+            None as fits the kind: once to weights, in each step what acts within a step.
         layers: regular expression; parameters whose path ('block1_0/conv/kernel') it matches from
-            the start, as `re.match` does, are perturbed. The default chooses all.
+            the start, as `re.match` does, are perturbed. Layers whose outputs are perturbed are the
+            modules that hold a chosen kernel with features along its last axis. The default
+            chooses all.
+        relative: of 'gaussian' and 'activation': whether the noise is relative to what it perturbs.
+        count: of 'ulp' the number of weights; of 'unequal_init' the number of unique features.
+        backward: of 'activation': whether gradients are perturbed instead.
+
+    A field that the kind has no use for must be left at its default; kind 'none' ignores all.
 
     Raises:
         ValueError: names the argument, its value and what is allowed.
     """
 
     kind: str = 'none'
-    scale: float = 0.0
+    scale: Scale = 0.0
     at_step: int = 0
-    every: int = 0
+    every: int | None = None
     layers: str = '.*'
+    relative: bool = False
+    count: int = 1
+    backward: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f'kind={self.kind!r}: must be one of {", ".join(KINDS)}')
-        if not (math.isfinite(self.scale) and self.scale >= 0):
-            raise ValueError(f'scale={self.scale}: must be finite and at least 0')
+        if not isinstance(self.scale, jax.core.Tracer):
+            if not (math.isfinite(self.scale) and self.scale >= 0):
+                raise ValueError(f'scale={self.scale}: must be finite and at least 0')
+            if self.kind in ('dropout', 'disout') and self.scale >= 1:
+                raise ValueError(f'scale={self.scale}: must be below 1, a share of {self.kind}')
+            if self.kind == 'ulp' and self.scale != 0:
+                raise ValueError(f'scale={self.scale}: ulp has no use for it; leave it at 0.0')
         if self.at_step < 0:
             raise ValueError(f'at_step={self.at_step}: must be at least 0')
-        if self.every < 0:
+        if self.every is not None and self.every < 0:
             raise ValueError(f'every={self.every}: must be at least 0 (0: only once)')
+        if self.kind == 'unequal_init' and (self.at_step > 0 or self.every):
+            name, value = ('at_step', self.at_step) if self.at_step > 0 else ('every', self.every)
+            raise ValueError(f'{name}={value}: unequal_init is for the initial weights; must be 0')
+        if self.relative and self.kind not in ('none', 'gaussian', 'activation'):
+            raise ValueError(f'relative={self.relative}: {self.kind} has no use for it')
+        if self.count < 1:
+            raise ValueError(f'count={self.count}: must be at least 1')
+        if self.count > 1 and self.kind not in ('none', 'ulp', 'unequal_init'):
+            raise ValueError(f'count={self.count}: {self.kind} has no use for it; leave it at 1')
+        if self.backward and self.kind not in ('none', 'activation'):
+            raise ValueError(f'backward={self.backward}: {self.kind} has no use for it')
         try:
             re.compile(self.layers)
         except re.error as error:
             raise ValueError(f'layers={self.layers!r}: not a regular expression: {error}') from None
+
+    def due(self, step: jax.Array) -> jax.Array:
+        """Whether it is applied in update number `step` (int32 [], from 0): bool []."""
+        every = self.every
+        if every is None:
+            every = 0 if self.kind in WEIGHT_KINDS else 1
+        since = step - self.at_step
+        return (since >= 0) & (since % every == 0) if every else since == 0
 
 
 NONE = Perturbation()
@@ -59,44 +132,327 @@ def chosen(params: Tree, layers: str) -> list[str]:
     return sorted(path for path in flatten_dict(params, sep='/') if re.match(layers, path))
 
 
-def gaussian(params: Tree, key: jax.Array, scale: float, layers: str = '.*') -> Tree:
-    """Adds scale · N(0, 1) to every weight of the chosen parameters, in the weights' dtype.
+# Plain functions on weights.
 
-    The noise of a weight does not depend on which parameters are chosen.
+
+def _change(params: Tree, layers: str, draw: Callable[[int], jax.Array], law: Any) -> Tree:
+    """`law(path, x, its share of draw(number of all weights))` in place of each chosen array.
+
+    One draw serves all parameters, because XLA compiles one generator much faster than dozens; and
+    what a weight gets does not depend on which parameters are chosen.
     """
     flat = flatten_dict(params, sep='/')
-    paths = sorted(flat)
-    # One draw for all parameters, because XLA compiles one generator much faster than dozens.
-    dtype = jnp.result_type(*flat.values())
-    noise = jax.random.normal(key, (sum(flat[path].size for path in paths),), dtype)
+    drawn = draw(sum(x.size for x in flat.values()))
     start = 0
-    perturbed = dict(flat)
-    for path in paths:
+    for path in sorted(flat):
         x = flat[path]
         if re.match(layers, path):
-            its_noise = noise[start : start + x.size].reshape(x.shape).astype(x.dtype)
-            perturbed[path] = x + jnp.asarray(scale, x.dtype) * its_noise
+            flat[path] = law(path, x, drawn[start : start + x.size].reshape(x.shape))
         start += x.size
-    return unflatten_dict(perturbed, sep='/')
+    return unflatten_dict(flat, sep='/')
 
 
-def apply(perturbation: Perturbation, params: Tree, key: jax.Array, step: jax.Array) -> Tree:
+def _normal(key: jax.Array) -> Callable[[int], jax.Array]:
+    return lambda size: jax.random.normal(key, (size,), jnp.float32)
+
+
+def _add_noise(x: jax.Array, noise: jax.Array, scale: Scale, relative: bool) -> jax.Array:
+    """x + scale · noise, or x · (1 + scale · noise), rounded once to the dtype of x."""
+    wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+    change = jnp.asarray(scale, wide) * noise.astype(wide)
+    if relative:
+        change = change * x.astype(wide)
+    return (x.astype(wide) + change).astype(x.dtype)
+
+
+def gaussian(
+    params: Tree,
+    key: jax.Array,
+    scale: Scale,
+    layers: str = '.*',
+    *,
+    relative: bool = False,
+) -> Tree:
+    """Adds scale · N(0, 1) to every weight of the chosen parameters, in units of the weights.
+
+    If `relative`, multiplies every weight by 1 + scale · N(0, 1) instead; then it is also what kind
+    'gradient' does to a tree of gradients. Any floats; dtypes are kept.
+    """
+
+    def law(path: str, x: jax.Array, noise: jax.Array) -> jax.Array:
+        del path
+        return _add_noise(x, noise, scale, relative)
+
+    return _change(params, layers, _normal(key), law)
+
+
+def unequal_init(
+    params: Tree,
+    feature_axes: Tree,
+    key: jax.Array,
+    scale: Scale,
+    count: int,
+    layers: str = '.*',
+) -> Tree:
+    """Adds scale · N(0, 1), the same to all features d + n · count along every named axis.
+
+    `feature_axes` is the declaration of `params`, see `zerojax.symmetry`. Equal features become
+    `count` unique ones, or as many as there are if that is less.
+    """
+    declared = flatten_dict(feature_axes, sep='/')
+
+    def law(path: str, x: jax.Array, noise: jax.Array) -> jax.Array:
+        for axis, name in enumerate(declared[path]):
+            if name is not None:
+                noise = jnp.take(noise, np.arange(x.shape[axis]) % count, axis=axis)
+        return _add_noise(x, noise, scale, relative=False)
+
+    return _change(params, layers, _normal(key), law)
+
+
+def _random_hits(params: Tree, key: jax.Array, count: int, layers: str) -> jax.Array:
+    """Chooses `count` different random weights that are not 0: bools, as `_change` hands them out.
+
+    All of them where there are fewer; each is as likely as any other.
+    """
+    flat = flatten_dict(params, sep='/')
+    eligible = jnp.concatenate(
+        [(x != 0).ravel() & bool(re.match(layers, path)) for path, x in sorted(flat.items())]
+    )
+    # Random numbers decide the order; 0 is kept for what may not be chosen.
+    rank = jnp.maximum(jax.random.bits(key, eligible.shape, jnp.uint32), 1)
+    rank = jnp.where(eligible, rank, 0)
+    number = min(count, eligible.size)
+    _, index = jax.lax.top_k(rank, number)
+    return jnp.zeros(eligible.shape, bool).at[index].set(True) & eligible
+
+
+def one_weight(params: Tree, key: jax.Array, scale: Scale, layers: str = '.*') -> Tree:
+    """Multiplies a single random weight by 1 + scale, among those chosen that are not 0.
+
+    Without any such weight the parameters come back as they are.
+    """
+
+    def law(path: str, x: jax.Array, hit: jax.Array) -> jax.Array:
+        del path
+        return jnp.where(hit, _add_noise(x, jnp.ones_like(hit, jnp.float32), scale, True), x)
+
+    return _change(params, layers, lambda _: _random_hits(params, key, 1, layers), law)
+
+
+def ulp(params: Tree, key: jax.Array, count: int = 1, layers: str = '.*') -> Tree:
+    """Moves `count` random weights to the next representable number above.
+
+    Chosen are weights that are not 0, as the number next to 0 is subnormal, and XLA computes with 0
+    in its place; all of them if there are fewer.
+    """
+
+    def law(path: str, x: jax.Array, hit: jax.Array) -> jax.Array:
+        del path
+        return jnp.where(hit, jnp.nextafter(x, jnp.asarray(jnp.inf, x.dtype)), x)
+
+    return _change(params, layers, lambda _: _random_hits(params, key, count, layers), law)
+
+
+def perturb_weights(
+    perturbation: Perturbation,
+    params: Tree,
+    key: jax.Array,
+    step: jax.Array,
+    feature_axes: Tree = None,
+) -> Tree:
     """The weights that update number `step` (int32 [], from 0) computes its gradient with.
 
-    Where the perturbation is not due, the weights come back bit for bit. The noise is drawn from
-    `fold_in(key, step)`.
+    Where no perturbation of the weights is due, they come back bit for bit. The noise is drawn from
+    `fold_in(key, step)`. Only 'unequal_init' needs `feature_axes`.
     """
-    if perturbation.kind == 'none':
+    if perturbation.kind not in WEIGHT_KINDS:
         return params
-    since = step - perturbation.at_step
-    due = since == 0
-    if perturbation.every > 0:
-        due = (since >= 0) & (since % perturbation.every == 0)
+    p, key = perturbation, jax.random.fold_in(key, step)
+
+    def change(params: Tree) -> Tree:
+        if p.kind == 'gaussian':
+            return gaussian(params, key, p.scale, p.layers, relative=p.relative)
+        if p.kind == 'one_weight':
+            return one_weight(params, key, p.scale, p.layers)
+        if p.kind == 'ulp':
+            return ulp(params, key, p.count, p.layers)
+        return unequal_init(params, feature_axes, key, p.scale, p.count, p.layers)
+
+    return jax.lax.cond(p.due(step), change, lambda params: params, params)
+
+
+# Within a step.
+
+
+def perturb_gradients(
+    perturbation: Perturbation, grads: Tree, key: jax.Array, step: jax.Array
+) -> Tree:
+    """The gradients of update number `step`, with noise where kind 'gradient' is due."""
+    if perturbation.kind != 'gradient':
+        return grads
+    p, key = perturbation, jax.random.fold_in(key, step)
     return jax.lax.cond(
-        due,
-        lambda params: gaussian(
-            params, jax.random.fold_in(key, step), perturbation.scale, perturbation.layers
-        ),
-        lambda params: params,
-        params,
+        p.due(step),
+        lambda x: gaussian(x, key, p.scale, p.layers, relative=True),
+        lambda x: x,
+        grads,
     )
+
+
+def output_layers(feature_axes: Tree) -> dict[str, str]:
+    """{module path: kernel path} of all modules whose outputs can be perturbed.
+
+    They hold an array of two axes or more with features along its last one. `feature_axes` is the
+    declaration of the parameters.
+    """
+    return {
+        path.rpartition('/')[0]: path
+        for path, names in sorted(flatten_dict(feature_axes, sep='/').items())
+        if len(names) >= 2 and names[-1] is not None
+    }
+
+
+@contextlib.contextmanager
+def perturbed_outputs(
+    perturbation: Perturbation, feature_axes: Tree, key: jax.Array
+) -> Iterator[None]:
+    """Within it, `apply` of a Linen model perturbs the outputs of its layers as the kind says.
+
+    When the perturbation is due is left to the caller. Each layer draws from a key of its own,
+    whichever are chosen.
+
+    Raises:
+        ValueError: a kind that does not act on outputs.
+    """
+    p = perturbation
+    if p.kind not in OUTPUT_KINDS:
+        raise ValueError(f'kind={p.kind!r}: must be one of {", ".join(OUTPUT_KINDS)}')
+    keys = {
+        module: jax.random.fold_in(key, i)
+        for i, (module, path) in enumerate(output_layers(feature_axes).items())
+        if re.match(p.layers, path)
+    }
+
+    def intercept(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        output = call(*args, **kwargs)
+        module = '/'.join(context.module.path)
+        if context.method_name != '__call__' or module not in keys:
+            return output
+        return perturb_output(p, output, keys[module])
+
+    with nn.intercept_methods(intercept):
+        yield
+
+
+def perturb_output(perturbation: Perturbation, x: jax.Array, key: jax.Array) -> jax.Array:
+    """A layer's output x [..., C], perturbed as the kind says."""
+    p = perturbation
+    if p.kind == 'dropout':
+        kept = jax.random.bernoulli(key, 1 - p.scale, x.shape)
+        return jnp.where(kept, x / jnp.asarray(1 - p.scale, x.dtype), jnp.zeros_like(x))
+    if p.kind == 'disout':
+        return disout(x, key, p.scale)
+
+    def add_noise(x: jax.Array) -> jax.Array:
+        noise = jax.random.normal(key, x.shape, jnp.float32)
+        return _add_noise(x, noise, p.scale, p.relative)
+
+    if not p.backward:
+        return add_noise(x)
+
+    @jax.custom_vjp
+    def identity(x: jax.Array) -> jax.Array:
+        return x
+
+    identity.defvjp(lambda x: (x, None), lambda _, gradient: (add_noise(gradient),))
+    return identity(x)
+
+
+def disout(x: jax.Array, key: jax.Array, rate: Scale) -> jax.Array:
+    """Feature-map distortion: Tang et al., "Beyond Dropout: Feature Map Distortion", 2020.
+
+    As in DropBlock (Ghiasi et al. 2018), blocks of `DISOUT_BLOCK` squared positions (less where the
+    map is smaller; single entries where there is no space) are chosen in every example and feature,
+    about a share `rate` of all entries. They are replaced by `DISOUT_STRENGTH` · σ · N(0, 1), with
+    σ the standard deviation of x, and all is divided by the share that was kept.
+
+    Args:
+        x: [B, H, W, C] or [..., C], any float.
+        key: of the draws.
+        rate: share of the entries, at least 0 and below 1.
+
+    Returns:
+        The distorted x, same shape and dtype.
+    """
+    seed_key, noise_key = jax.random.split(key)
+    if x.ndim == 4:
+        _, height, width, _ = x.shape
+        block = min(DISOUT_BLOCK, height, width)
+        places = (height - block + 1) * (width - block + 1)
+        seed_rate = jnp.minimum(1.0, rate * height * width / (block**2 * places))
+        shape = (x.shape[0], height - block + 1, width - block + 1, x.shape[-1])
+        seeds = jax.random.bernoulli(seed_key, seed_rate, shape).astype(jnp.float32)
+        pad = ((0, 0), (block - 1, block - 1), (block - 1, block - 1), (0, 0))
+        distorted = nn.max_pool(jnp.pad(seeds, pad), (block, block)) > 0
+    else:
+        distorted = jax.random.bernoulli(seed_key, rate, x.shape)
+    kept = jnp.maximum(1 - jnp.mean(distorted.astype(jnp.float32)), 1 / x.size)
+    x32 = x.astype(jnp.float32)
+    strength = DISOUT_STRENGTH * jax.lax.stop_gradient(jnp.std(x32))
+    noise = strength * jax.random.normal(noise_key, x.shape, jnp.float32)
+    return (jnp.where(distorted, noise, x32) / kept).astype(x.dtype)
+
+
+# In anyone's chain.
+
+
+class PerturbationState(NamedTuple):
+    """Of `as_transformation`: number of updates done, int32 [], and the key of all noise."""
+
+    step: jax.Array
+    key: jax.Array
+
+
+def as_transformation(
+    perturbation: Perturbation, seed: int = 0
+) -> optax.GradientTransformationExtraArgs:
+    """The perturbation as an optax transformation, for any parameters and any optimizer.
+
+    Kind 'gradient' is put first in the chain, and perturbs the gradients that come in. Kinds that
+    change weights are put last: the update that makes weights after which the perturbation is due
+    includes it, up to the rounding of the sum of both; so weights of step 0 cannot be reached,
+    perturb these with `perturb_weights` before `init`. Noise is drawn from
+    fold_in(key(seed), step).
+
+    Raises:
+        ValueError: a kind that acts on outputs, or weights at step 0.
+    """
+    p = perturbation
+    if p.kind in OUTPUT_KINDS:
+        raise ValueError(f'kind={p.kind!r}: acts on outputs of layers; use perturbed_outputs')
+    if p.kind in WEIGHT_KINDS and p.at_step == 0:
+        raise ValueError(
+            f'at_step={p.at_step}: the initial weights come before the first update; '
+            'change them with perturb_weights, or choose a later step'
+        )
+
+    def init(params: Tree) -> PerturbationState:
+        del params
+        return PerturbationState(jnp.int32(0), jax.random.key(seed))
+
+    def update(
+        updates: Tree, state: PerturbationState, params: Tree = None, **extra: Any
+    ) -> tuple[Tree, PerturbationState]:
+        del extra
+        if p.kind == 'gradient':
+            updates = perturb_gradients(p, updates, state.key, state.step)
+        elif p.kind != 'none':
+            if params is None:
+                raise ValueError(f'kind={p.kind!r}: update needs the parameters')
+            new = optax.apply_updates(params, updates)
+            perturbed = perturb_weights(p, new, state.key, state.step + 1)
+            updates = jax.tree.map(lambda u, x, y: u + (y - x), updates, new, perturbed)
+        return updates, PerturbationState(state.step + 1, state.key)
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -4,6 +4,7 @@ Everything random is drawn from `fold_in(key of its own purpose, step)`, so one 
 randomness can be varied with the others held.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ import optax
 from zerojax import perturb, symmetry
 from zerojax.determinism import jit_in_mode
 from zerojax.models import Network
+from zerojax.precision import at_least_float32
 
 Tree = Any
 Batch = dict[str, jax.Array]
@@ -56,23 +58,29 @@ def create_state(
     *,
     seed: int,
     perturbation_seed: int,
+    dtype: Any = jnp.float32,
 ) -> TrainState:
     """The state before the first step, for images of shape [H, W, C].
 
     `seed` decides the initial weights, the order of examples, augmentation and dropout;
-    `perturbation_seed` only the perturbation.
+    `perturbation_seed` only the perturbation. Parameters are drawn in float32 and then rounded to
+    `dtype`, in which the network computes; statistics are held in float32 or better.
     """
     root = jax.random.key(seed)
     init_key, *keys = [jax.random.fold_in(root, i) for i in range(1 + len(KEY_PURPOSES))]
+    perturbation_key = jax.random.fold_in(jax.random.key(perturbation_seed), 1 + len(KEY_PURPOSES))
     variables = model.init(init_key, jnp.zeros((1, *image_shape)), train=False)
+    params = jax.tree.map(lambda x: x.astype(dtype), variables['params'])
+    batch_stats = jax.tree.map(
+        lambda x: x.astype(at_least_float32(dtype)), variables.get('batch_stats', {})
+    )
     return TrainState(
         step=jnp.int32(0),
-        params=variables['params'],
-        batch_stats=variables.get('batch_stats', {}),
+        params=params,
+        batch_stats=batch_stats,
         mask=None,
-        opt_state=tx.init(variables['params']),
-        keys=dict(zip(KEY_PURPOSES, keys, strict=True))
-        | {'perturbation': jax.random.key(perturbation_seed)},
+        opt_state=tx.init(params),
+        keys=dict(zip(KEY_PURPOSES, keys, strict=True)) | {'perturbation': perturbation_key},
         broken_at_step=jnp.int32(-1),
         nonfinite_at_step=jnp.int32(-1),
     )
@@ -86,11 +94,12 @@ def _probabilities(labels: jax.Array, logits_BxN: jax.Array) -> jax.Array:
 
 
 def cross_entropy(logits_BxN: jax.Array, labels: jax.Array) -> jax.Array:
-    """Cross-entropy of each example in nats, [B].
+    """Cross-entropy of each example in nats, [B], computed in float32 or better.
 
     `labels` are int [B] or probabilities [B, N]. One-hot rows stand for the former, so that the
     gradient needs no scatter.
     """
+    logits_BxN = logits_BxN.astype(at_least_float32(logits_BxN.dtype))
     return optax.softmax_cross_entropy(logits_BxN, _probabilities(labels, logits_BxN))
 
 
@@ -122,14 +131,18 @@ def train_step_function(
     *,
     perturbation: perturb.Perturbation = perturb.NONE,
     project: bool = False,
+    orbits: symmetry.Orbits | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The train step as a pure function that is not jitted; see `make_train_step`."""
     feature_axes = model.feature_axes()
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        params = perturb.apply(perturbation, state.params, state.keys['perturbation'], state.step)
+        noise_key = state.keys['perturbation']
+        params = perturb.perturb_weights(
+            perturbation, state.params, noise_key, state.step, feature_axes['params']
+        )
         params = _pruned(params, state.mask)
-        symmetric = symmetry.is_symmetric(params, feature_axes['params'])
+        symmetric = symmetry.is_symmetric(params, feature_axes['params'], orbits)
 
         def loss_function(params: Tree) -> tuple[jax.Array, tuple[jax.Array, Tree]]:
             logits_BxN, updated = model.apply(
@@ -142,14 +155,27 @@ def train_step_function(
             loss = jnp.mean(cross_entropy(logits_BxN, batch['label']))
             return loss, (logits_BxN, updated.get('batch_stats', {}))
 
-        (loss, (logits_BxN, batch_stats)), grads = jax.value_and_grad(loss_function, has_aux=True)(
-            params
-        )
+        def perturbed_loss_function(params: Tree) -> tuple[jax.Array, tuple[jax.Array, Tree]]:
+            key = jax.random.fold_in(noise_key, state.step)
+            with perturb.perturbed_outputs(perturbation, feature_axes['params'], key):
+                return loss_function(params)
+
+        gradient = jax.value_and_grad(loss_function, has_aux=True)
+        if perturbation.kind in perturb.OUTPUT_KINDS:
+            # Two whole programs, so that the arithmetic of steps without it is the ordinary one.
+            gradient = functools.partial(
+                jax.lax.cond,
+                perturbation.due(state.step),
+                jax.value_and_grad(perturbed_loss_function, has_aux=True),
+                gradient,
+            )
+        (loss, (logits_BxN, batch_stats)), grads = gradient(params)
+        grads = perturb.perturb_gradients(perturbation, grads, noise_key, state.step)
         updates, opt_state = tx.update(grads, state.opt_state, params)
         params = _pruned(optax.apply_updates(params, updates), state.mask)
         if project:
-            params = symmetry.project(params, feature_axes['params'])
-            batch_stats = symmetry.project(batch_stats, feature_axes['batch_stats'])
+            params = symmetry.project(params, feature_axes['params'], orbits)
+            batch_stats = symmetry.project(batch_stats, feature_axes['batch_stats'], orbits)
 
         metrics = {
             'loss': loss,
@@ -179,6 +205,7 @@ def make_train_step(
     determinism: str = 'deterministic',
     perturbation: perturb.Perturbation = perturb.NONE,
     project: bool = False,
+    orbits: symmetry.Orbits | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A jitted train step (state, batch) -> (state, metrics); the state's buffers are donated.
 
@@ -186,9 +213,10 @@ def make_train_step(
         model: a network with `feature_axes`.
         tx: the optimizer.
         determinism: 'deterministic' or 'hardware', see `zerojax.determinism`.
-        perturbation: applied to the weights before the gradient is taken.
+        perturbation: see `zerojax.perturb`.
         project: whether the new weights and statistics are projected onto the symmetric subspace,
             so that no asymmetry outlives a step, whatever the kernels do.
+        orbits: which features are meant to be equal, by default all of a layer.
 
     The batch is {'image': float [B, H, W, C], 'label': int32 [B] or probabilities [B, N]}; the
     metrics are scalars of this batch: 'loss' (mean cross-entropy, nats), 'accuracy' and 'grad_norm'
@@ -197,7 +225,9 @@ def make_train_step(
     Raises:
         ValueError: the mode cannot be granted on this backend.
     """
-    train_step = train_step_function(model, tx, perturbation=perturbation, project=project)
+    train_step = train_step_function(
+        model, tx, perturbation=perturbation, project=project, orbits=orbits
+    )
     return jit_in_mode(train_step, determinism, donate_argnums=0)
 
 
@@ -247,7 +277,8 @@ def make_eval_step(
         logits_BxN: Any = model.apply(variables, preprocess(images), train=False)
         real_B = labels_B >= 0
         losses_B = jnp.where(real_B, cross_entropy(logits_BxN, labels_B), 0.0)
-        correct_B = real_B & (jnp.argmax(logits_BxN, axis=-1) == labels_B)
+        predicted_B = jnp.argmax(logits_BxN, axis=-1).astype(labels_B.dtype)
+        correct_B = real_B & (predicted_B == labels_B)
         return {
             'loss': jnp.sum(losses_B),
             'correct': jnp.sum(correct_B, dtype=jnp.int32),

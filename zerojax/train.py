@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from zerojax import config as config_lib
@@ -28,6 +30,7 @@ from zerojax import (
 from zerojax.checkpoint import Checkpoints
 from zerojax.errors import RunError, UsageError
 from zerojax.evaluate import make_evaluation, make_layer_measurement
+from zerojax.precision import numbers_of
 from zerojax.progress import Progress
 from zerojax.step import (
     Batch,
@@ -69,15 +72,16 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> records.Record:
         )
         config = resolve(config, dataset)
         check_backend(config.determinism.mode)
-        shapes = jax.eval_shape(functools.partial(new_state, config, dataset))
-        check_layers(config, shapes.params)
-        check_projection(config, dataset)
-        ticket = None if has_checkpoint(workdir) else load_ticket(config, shapes)
-        with (
-            Workdir(workdir, json.loads(json.dumps(config.to_dict()))),
-            Checkpoints(workdir / 'checkpoints', config.keep_checkpoints_at) as checkpoints,
-        ):
-            return _train(config, dataset, ticket, workdir, checkpoints, stop, started)
+        with numbers_of(config.param_dtype):
+            shapes = jax.eval_shape(functools.partial(new_state, config, dataset))
+            check_layers(config, shapes.params)
+            check_initial_weights(config, dataset)
+            ticket = None if has_checkpoint(workdir) else load_ticket(config, shapes)
+            with (
+                Workdir(workdir, json.loads(json.dumps(config.to_dict()))),
+                Checkpoints(workdir / 'checkpoints', config.keep_checkpoints_at) as checkpoints,
+            ):
+                return _train(config, dataset, ticket, workdir, checkpoints, stop, started)
 
 
 def _train(
@@ -93,6 +97,7 @@ def _train(
     jit = functools.partial(determinism.jit_in_mode, mode=mode)
     model = config_lib.build_model(config, dataset.num_classes)
     feature_axes = model.feature_axes()['params']
+    orbits = build_orbits(config, dataset)
     schedule = build_schedule(config)
 
     # The state: new, or where the run was left.
@@ -112,7 +117,7 @@ def _train(
     # The executables, and the training set on the device.
     device_data = jax.device_put({'image': dataset.train.images, 'label': dataset.train.labels})
     steps_per_epoch = len(dataset.train.labels) // config.batch_size
-    train_steps = build_train_steps(config, dataset.num_classes)
+    train_steps = build_train_steps(config, dataset.num_classes, orbits)
     epoch_order = jit(functools.partial(data.epoch_order, num_examples=len(dataset.train.labels)))
     first_order = epoch_order(state.keys['order'], step // steps_per_epoch)
     train_steps = train_steps.lower(state, (device_data, first_order), np.int32(1)).compile()
@@ -121,7 +126,9 @@ def _train(
         records.add_audit(manifest_file, manifest, audit)
     evaluate = make_evaluation(config, dataset, model)
     measure_layers = make_layer_measurement(config, dataset)
-    measure_asymmetry = jit(functools.partial(symmetry.asymmetry, feature_axes=feature_axes))
+    measure_asymmetry = jit(
+        functools.partial(symmetry.asymmetry, feature_axes=feature_axes, orbits=orbits)
+    )
 
     with (
         records.Metrics(workdir, step if step > 0 else -1) as metrics,
@@ -144,7 +151,7 @@ def _train(
                 asymmetry=worst,
                 asymmetry_by_layer=by_layer,
                 unique_features=symmetry.unique_features(
-                    jax.device_get(state.params), feature_axes
+                    jax.device_get(state.params), feature_axes, orbits
                 ),
             )
             metrics.write(step, 'layers', **measure_layers(state))
@@ -294,6 +301,14 @@ def check_layers(config: ConfigDict, params: Any) -> None:
         patterns['optimizer.freeze'] = config.optimizer.freeze
     if config.pruning.source:
         patterns['pruning.layers'] = config.pruning.layers
+    if config.perturbation.kind in perturb.OUTPUT_KINDS:
+        axes = config_lib.build_model(config, num_classes=1).feature_axes()['params']
+        kernels = perturb.output_layers(axes).values()
+        if not any(re.match(config.perturbation.layers, path) for path in kernels):
+            raise UsageError(
+                f'perturbation.layers={config.perturbation.layers!r}: matches no layer with output '
+                f'features; their kernels are {", ".join(kernels)}'
+            )
     for field, pattern in patterns.items():
         if not perturb.chosen(params, pattern):
             raise UsageError(
@@ -302,16 +317,33 @@ def check_layers(config: ConfigDict, params: Any) -> None:
             )
 
 
-def check_projection(config: ConfigDict, dataset: data.Dataset) -> None:
-    """Raises UsageError if projection would destroy the initial weights instead of keeping them."""
-    if not config.symmetry.project:
+def check_initial_weights(config: ConfigDict, dataset: data.Dataset) -> None:
+    """Checks what depends on the weights that the run starts with.
+
+    Raises:
+        UsageError: projection would destroy them instead of keeping them, or a perturbation has
+            nothing to act on.
+    """
+    p = config_lib.build_perturbation(config)
+    scales_weights = p.kind in ('one_weight', 'ulp') or (p.kind == 'gaussian' and p.relative)
+    scales_weights = scales_weights and p.at_step == 0 and not p.every
+    if not (config.symmetry.project or scales_weights):
         return
-    axes = config_lib.build_model(config, dataset.num_classes).feature_axes()['params']
     params = jax.jit(functools.partial(new_state, config, dataset))().params
-    if not symmetry.is_symmetric(params, axes):
+    axes = config_lib.build_model(config, dataset.num_classes).feature_axes()['params']
+    if config.symmetry.project and not symmetry.is_symmetric(
+        params, axes, build_orbits(config, dataset)
+    ):
         raise UsageError(
             f'symmetry.project=True: {config.model.name} with init {config.model.init!r} does not '
-            'start with all features of a layer equal; must be False'
+            'start with equal features; must be False'
+        )
+    flat = flatten_dict(params, sep='/')
+    nonzero = sum(int(jnp.sum(flat[path] != 0)) for path in perturb.chosen(params, p.layers))
+    if scales_weights and nonzero < p.count:
+        raise UsageError(
+            f'perturbation.layers={p.layers!r}: chooses {nonzero} weights that are not 0 at step 0;'
+            f' kind {p.kind!r} changes only such, and needs {p.count}'
         )
 
 
@@ -383,13 +415,26 @@ def build_optimizer(config: ConfigDict) -> Any:
     return optimizer.freeze(tx, settings.freeze) if settings.freeze else tx
 
 
-def build_train_steps(config: ConfigDict, num_classes: int) -> Any:
+def build_orbits(config: ConfigDict, dataset: data.Dataset) -> symmetry.Orbits | None:
+    """Which features the config's network is meant to have equal; None: all of a layer."""
+    model = config_lib.build_model(config, dataset.num_classes)
+    noiseless = model.noiseless()
+    if noiseless is None:
+        return None
+    images = jnp.zeros((1, *dataset.train.images.shape[1:]))
+    init = jax.jit(functools.partial(noiseless.init, train=False))
+    params = init(jax.random.key(config.seed), images)['params']
+    return symmetry.find_orbits(params, model.feature_axes()['params'])
+
+
+def build_train_steps(config: ConfigDict, num_classes: int, orbits: symmetry.Orbits | None) -> Any:
     """The config's train steps, jitted: (state, (training set, order of the epoch), count)."""
     train_step = train_step_function(
         config_lib.build_model(config, num_classes),
         build_optimizer(config),
         perturbation=config_lib.build_perturbation(config),
         project=config.symmetry.project,
+        orbits=orbits,
     )
     return make_train_steps(
         train_step,
@@ -443,6 +488,7 @@ def new_state(config: ConfigDict, dataset: data.Dataset) -> TrainState:
         dataset.train.images.shape[1:],
         seed=config.seed,
         perturbation_seed=config.perturbation.seed,
+        dtype=jnp.dtype(config.param_dtype),
     )
     if config.pruning.source:
         mask = jax.tree.map(lambda x: jnp.ones(x.shape, bool), state.params)
@@ -458,6 +504,7 @@ def run_facts(config: ConfigDict, dataset: data.Dataset) -> records.Record:
             'determinism': config.determinism.mode,
             'steps_per_call': config.steps_per_call,
             'convolution': config.model.convolution,
+            'param_dtype': config.param_dtype,
             'mesh': None,
         },
         'dataset': {

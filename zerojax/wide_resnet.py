@@ -100,6 +100,10 @@ class WideResNet(nn.Module):
         """Names of the submodules whose outputs follow one another, from the image on."""
         return ['stem', *(name for name, _, _ in self.blocks())]
 
+    def noiseless(self) -> None:
+        """As `models.ConstNet.noiseless`: without noise all features of a layer would be equal."""
+        return None
+
     @nn.compact
     def __call__(self, images_BxHxWxC: jax.Array, train: bool) -> jax.Array:
         fixup = self.weight_init == 'fixup'
