@@ -90,10 +90,10 @@ def measured(one_step, state, batches, axes):
     return np.array(found).T
 
 
-@pytest.mark.parametrize('name', ['momentum', 'adam'])
-def test_growth_is_that_of_two_actual_runs(float64, name):
-    """Also of the second tangent, which the QR method does not push as it stands."""
-    tx = {'momentum': optax.sgd(0.3, momentum=0.9), 'adam': optax.adam(1e-2)}[name]
+def test_growth_is_that_of_two_actual_runs(float64):
+    """Also of the second tangent, which the QR method does not push as it stands, and through an
+    optimizer state that is not a function of each weight alone."""
+    tx = optax.chain(optax.clip_by_global_norm(0.1), optax.adam(1e-2))
     one_step, state = setup(TanhNet(), tx)
     # Adam's first step divides by the size of the gradient, which must not be 0.
     state[0]['head']['kernel'] += jnp.array([0.5, -0.1, 0.2])[None, :]
@@ -160,8 +160,6 @@ def test_only_the_transverse_part_counts_and_the_tangents_order_does_not(float64
     plain = log_asymmetry(tangents)
     other = log_asymmetry(jax.tree.map(lambda t, s: t[::-1] + 3 * s, tangents, symmetric))
     np.testing.assert_allclose(other[:, ::-1], plain, atol=1e-9)
-    alone = log_asymmetry(jax.tree.map(lambda t: 7 * t[2:], tangents))
-    np.testing.assert_allclose(alone[:, 0] - np.log(7), plain[:, 2], atol=1e-9)
 
 
 def test_zerojaxs_train_step_and_the_noise_of_its_own_run(float64):
