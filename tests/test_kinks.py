@@ -64,6 +64,8 @@ def test_inputs_exactly_at_the_kink_are_counted_in_each_layer():
         (nn.relu, 0.0), (nn.leaky_relu, 0.0), (jnp.abs, 0.0), (nn.relu6, 6.0), (nn.relu6, 0.0),
         (nn.hard_tanh, 1.0), (lambda x: jnp.where(x > 2, x, 0), 2.0),
         (lambda x: jnp.clip(x, -3, 4), -3.0), (lambda x: jnp.clip(x, -3, 4), 4.0),
+        (lambda x: jax.lax.clamp(-3.0, x, 4.0), -3.0),
+        (lambda x: jax.lax.clamp(-3.0, x, 4.0), 4.0),
         (jax.checkpoint(nn.relu), 0.0), (jax.jit(jax.vmap(nn.relu)), 0.0), (nn.elu, 0.0),
     ],
 )  # fmt: skip
