@@ -121,7 +121,8 @@ def growth(
         feature_axes, orbits: of the params, see `zerojax.symmetry`.
 
     Raises:
-        ValueError: the params are not symmetric.
+        ValueError: the params are not symmetric, a tangent has no transverse part, or the
+            linearised step is not finite.
     """
     params, rest = state
     if not symmetry.is_symmetric(params, feature_axes, orbits):
@@ -274,7 +275,16 @@ def _push_along(
         return np.array([record[name] for record in records[start:]], np.float64)
 
     count = len(first['size'])
-    log_sizes = np.cumsum(np.log(stacked('size')), axis=0)
+    sizes = stacked('size')
+    bad = np.flatnonzero(~np.all(np.isfinite(sizes) & (sizes > 0), axis=1))
+    if len(bad) and bad[0] == 0:
+        raise ValueError('tangents: must be finite and have a transverse part')
+    if len(bad):
+        raise ValueError(
+            f'step {bad[0]}: the linearised step is not finite, or leaves nothing of a tangent; '
+            'has it a derivative there? (Adam has none where a gradient is 0, unless eps_root > 0)'
+        )
+    log_sizes = np.cumsum(np.log(sizes), axis=0)
     return Growth(
         log_asymmetry=stacked('log_asymmetry') + log_sizes,
         log_distance=stacked('log_distance') + log_sizes,
