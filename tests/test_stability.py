@@ -288,7 +288,7 @@ def test_a_base_run_whose_kernels_are_not_symmetric_is_held_on_the_symmetric_sub
 def test_a_step_without_derivative_and_a_symmetric_tangent_are_refused(float64):
     one_step, state = setup(TanhNet(), optax.adam(1e-2))  # zero gradients: sqrt has no derivative
     tangents = stability.gaussian_tangents(state[0], jax.random.split(jax.random.key(1), 1))
-    with pytest.raises(ValueError, match='step 1: the linearised step is not finite.*eps_root'):
+    with pytest.raises(ValueError, match=r'step 1: the linearised step is not finite.*eps_root'):
         stability.growth(one_step, state, classification(3), tangents, TANH_AXES)
     symmetric = jax.tree.map(lambda w: jnp.ones((1, *w.shape), w.dtype), state[0])
     with pytest.raises(ValueError, match='tangents: must be finite and have a transverse part'):
