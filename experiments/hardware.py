@@ -32,9 +32,9 @@ def noise_floor(experiment: runs.Experiment) -> tuple[float, list[str]]:
         return found['floor'], found['verdict']
     config = runs.changed(experiment.config, **{'determinism.mode': 'hardware'})
     config, dataset = audit.prepare(config)
-    compiled = audit.compile_step(config, dataset)
-    axes = Laboratory(config, experiment.workdir).axes
-    verdict = step_audit.audit_compiled(compiled, axes, REPEATS)
+    laboratory = Laboratory(config, experiment.workdir)
+    compiled = audit.compile_step(config, dataset, laboratory.orbits)
+    verdict = step_audit.audit_compiled(compiled, laboratory.axes, REPEATS, laboratory.orbits)
     floor = max(
         spread.relative
         for name, spread in verdict.noise[step_audit.ONE_EXECUTABLE].items()

@@ -19,8 +19,8 @@ class Mixer(nn.Module):  # rows of pixels are tokens T; features C are mixed, H 
     @nn.compact
     def __call__(self, x_BxTxW):
         x_BxTxC = nn.Dense(32, kernel_init=averaging(), name='embed')(x_BxTxW)
-        y_BxCxT = nn.LayerNorm(name='norm', reduction_axes=1)(x_BxTxC).swapaxes(1, 2)
-        x_BxTxC += nn.Dense(8, kernel_init=zeros, name='tokens')(nn.gelu(y_BxCxT)).swapaxes(1, 2)
+        y_BxCxT = nn.gelu(x_BxTxC).swapaxes(1, 2)
+        x_BxTxC += nn.Dense(8, kernel_init=zeros, name='tokens')(y_BxCxT).swapaxes(1, 2)
         y_BxTxH = nn.gelu(nn.Dense(64, kernel_init=averaging(), name='up')(x_BxTxC))
         x_BxTxC += nn.Dense(32, kernel_init=zeros, name='down')(y_BxTxH)
         return nn.Dense(10, kernel_init=zeros, name='head')(x_BxTxC.mean(axis=1))
@@ -40,9 +40,8 @@ def layer(*kernel_axes):  # the features that index each axis of a kernel, and i
 
 
 MLP_AXES = {'hidden': layer(None, 'h'), 'head': layer('h', None)}
-MIXER_AXES = {'embed': layer(None, 'c'), 'norm': {'scale': ('c',), 'bias': ('c',)}}
-MIXER_AXES |= {'tokens': layer(None, None), 'up': layer('c', 'h'), 'down': layer('h', 'c')}
-MIXER_AXES |= {'head': layer('c', None)}
+MIXER_AXES = {'embed': layer(None, 'c'), 'head': layer('c', None), 'tokens': layer(None, None)}
+MIXER_AXES |= {'up': layer('c', 'h'), 'down': layer('h', 'c')}
 
 
 def study(name, apply, params, axes, tx, images, labels):
@@ -71,9 +70,8 @@ def study(name, apply, params, axes, tx, images, labels):
 
 if __name__ == '__main__':
     train = data.load('digits', None, 'train', 'test').train
-    images = jnp.asarray(train.images[..., 0] / 8.0 - 1.0, jnp.float32)
-    digits = images, jax.nn.one_hot(train.labels, 10)
-    params = Mixer().init(jax.random.key(0), images[:1])['params']
+    digits = jnp.asarray(train.images[..., 0]) / 8.0 - 1.0, jax.nn.one_hot(train.labels, 10)
+    params = Mixer().init(jax.random.key(0), digits[0][:1])['params']
     mixer, tx = lambda params, x: Mixer().apply({'params': params}, x), optax.sgd(0.1, 0.9)
     study('Linen mixer', mixer, params, MIXER_AXES, tx, *digits)
     graph, params = nnx.split(MLP(nnx.Rngs(0)))

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -76,6 +76,7 @@ class Laboratory:
         self.config = training.resolve(config, self.dataset)
         self.folder = folder
         self.model = config_lib.build_model(self.config, self.dataset.num_classes)
+        self.make_batch = training.make_batch_function(self.config, self.dataset.num_classes)
         self.axes = self.model.feature_axes()['params']
         self.orbits = training.build_orbits(self.config, self.dataset)
         self.jit = functools.partial(determinism.jit_in_mode, mode=self.config.determinism.mode)
@@ -83,13 +84,9 @@ class Laboratory:
 
     def run(self, perturbation: Perturbation = NONE, seed: int = 0) -> Trajectory:
         """The run of a perturbation and seed, which decides everything random in it."""
-        file = self.folder / f'{self._name(perturbation, seed)}.json'
-        if not file.exists():
-            with numbers_of(self.config.param_dtype):
-                result = self._simulate(perturbation, seed)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            records.write_json(file, result)
-        result = json.loads(file.read_text())
+        result = self.remember(
+            lambda: self._simulate(perturbation, seed), seed=seed, perturbation=vars(perturbation)
+        )
         return Trajectory(
             np.array(result['loss'], float),  # null becomes NaN
             np.array(result['asymmetry'], float),
@@ -97,9 +94,17 @@ class Laboratory:
             result['broken_at_step'],
         )
 
-    def _name(self, perturbation: Perturbation, seed: int) -> str:
-        fields = dict(self.config.to_dict(), seed=seed, perturbation=vars(perturbation))
-        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:20]
+    def remember(self, compute: Callable[[], records.Record], **what: Any) -> records.Record:
+        """What `compute` returns, computed only once for this config and these fields."""
+        fields = {'config': json.loads(json.dumps(self.config.to_dict())), **what}
+        name = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:20]
+        file = self.folder / f'{name}.json'
+        if not file.exists():
+            with numbers_of(self.config.param_dtype):
+                result = compute()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            records.write_json(file, fields | result)
+        return json.loads(file.read_text())
 
     def initial_state(self, seed: int) -> TrainState:
         """The unperturbed state before the first step; the seed decides the noise to come too."""
@@ -138,9 +143,6 @@ class Laboratory:
         }
         broken = int(state.broken_at_step)
         return {
-            'perturbation': vars(perturbation),
-            'seed': seed,
-            'config': json.loads(json.dumps(self.config.to_dict())),
             **curves,
             'accuracy': self._evaluate(state)['accuracy'],
             'broken_at_step': None if broken < 0 else broken,
@@ -154,7 +156,6 @@ class Laboratory:
         """Jitted (state, source, scale) -> (state, {'loss', 'asymmetry'}) for any scale."""
         kind = dataclasses.replace(perturbation, scale=0.0)
         if kind not in self._executables:
-            make_batch = training.make_batch_function(self.config, self.dataset.num_classes)
             tx = training.build_optimizer(self.config)
 
             def step(state: TrainState, source: Source, scale: jax.Array) -> Any:
@@ -165,7 +166,7 @@ class Laboratory:
                     project=self.config.symmetry.project,
                     orbits=self.orbits,
                 )
-                state, metrics = train_step(state, make_batch(state, source))
+                state, metrics = train_step(state, self.make_batch(state, source))
                 by_layer = symmetry.asymmetry(state.params, self.axes, self.orbits)
                 largest = jnp.max(jnp.stack(list(by_layer.values())))
                 return state, {'loss': metrics['loss'], 'asymmetry': largest}

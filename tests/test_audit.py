@@ -104,7 +104,7 @@ def test_the_step_is_the_run_s_own_and_has_no_scatter(tiny_config):
     tiny_config.dataset.augment = True
     tiny_config.model.dropout = 0.1
     config, dataset = audit.prepare(tiny_config)
-    compiled = audit.compile_step(config, dataset)
+    compiled = audit.compile_step(config, dataset, None)
     assert 'while(' in compiled.train_steps.as_text(), 'steps_per_call=5 is a loop'
     assert compiled.operations('gpu') == []
     axes = audit.config_lib.build_model(config, dataset.num_classes).feature_axes()['params']
@@ -189,7 +189,7 @@ def test_tensors_that_tell_nothing_are_said_to():
     noise = verdict().noise
     noise[ONE_EXECUTABLE] = noise[ONE_EXECUTABLE] | {'forward/x1': Spread(1, 0, 0.0, 0.0, 0.0)}
     assert verdict(noise=noise).sentences()[-1] == (
-        '1 tensors are 0 throughout and tell nothing: forward/x1.'
+        'Tensors that are 0 throughout and tell nothing: forward/x1.'
     )
 
 

@@ -1,10 +1,12 @@
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zerojax import kernels, models
+from zerojax import kernels, models, symmetry
 from zerojax.noise import noise_floor
 
 AXES = {
@@ -60,12 +62,8 @@ def spreads(net):
         params
     )
     np.testing.assert_allclose(results['forward']['loss'], loss(params), rtol=1e-6)
-    gradients = jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7),
-        results['gradients']['params'],
-        jax.grad(loss)(params),
-    )
-    assert gradients.keys() == params.keys()
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-7)
+    jax.tree.map(close, results['gradients']['params'], jax.grad(loss)(params))
     return kernels.equal_features_of(results, AXES)
 
 
@@ -103,7 +101,7 @@ def test_filled_weights_are_symmetric_and_tell_something(model, dtype):
     for x in map(np.asarray, jax.tree.leaves(filled)):
         assert x.dtype == dtype
         assert np.all(np.isfinite(x) & (x != 0))
-    again, other = (kernels.symmetric_fill(params, axes, seed) for seed in (0, 1))
+    again, other = (kernels.symmetric_fill(params, axes, seed=seed) for seed in (0, 1))
     assert all(spread.distinct == 1 for spread in noise_floor([filled, again]).values())
     assert all(spread.distinct == 2 for spread in noise_floor([filled, other]).values())
 
@@ -126,3 +124,64 @@ def test_the_worst_axis_counts():
 def test_a_declaration_that_does_not_fit_is_refused(axes, message):
     with pytest.raises(ValueError, match=message):
         kernels.equal_features({'a': jnp.zeros(3)}, axes)
+
+
+def filled_within_orbits(model, channels=1):
+    image = jnp.zeros((1, 8, 8, channels))
+    params = model.init(jax.random.key(0), image, train=False)['params']
+    axes = model.feature_axes()['params']
+    orbits = symmetry.find_orbits(params, axes)
+    return kernels.symmetric_fill(params, axes, orbits), axes, orbits
+
+
+def test_identity_layers_are_compared_weight_by_weight():
+    """Their weights are a on the diagonal and b elsewhere: every feature sees the same, in another
+    order."""
+    model = models.create('leakynet', depth=7, width=1, init='1ii1')
+    filled, axes, orbits = filled_within_orbits(model)
+    found = kernels.equal_features(filled, axes, orbits)
+    assert found.keys() >= {'stem/kernel', 'block1_0/conv/kernel', 'head/kernel'}
+    assert all(spread.distinct == 1 for spread in found.values())
+    kernel = filled['block1_0']['conv']['kernel'][1, 1]
+    assert len(np.unique(kernel)) == 2
+    assert len(np.unique(jnp.diagonal(kernel))) == 1
+
+    filled['block1_0']['conv']['kernel'] = (
+        filled['block1_0']['conv']['kernel'].at[1, 1, 0, 3].add(1)
+    )
+    crooked = kernels.equal_features(filled, axes, orbits)
+    assert [name for name in found if crooked[name] != found[name]] == ['block1_0/conv/kernel']
+    assert crooked['block1_0/conv/kernel'].distinct == 2
+
+
+def test_only_features_of_one_orbit_are_compared():
+    filled, axes, orbits = filled_within_orbits(
+        models.create('mlp', width=6, init='random', unique_features=4)
+    )
+    kernel = np.asarray(filled['hidden']['kernel'])
+    assert len(np.unique(kernel, axis=1).T) == 4
+    x = jnp.asarray(kernel)[None]
+    for outputs, distinct in ((x, 1), (x.at[0, 0, 5].add(1), 2), (x.at[0, 0, 3].add(1), 1)):
+        results = {
+            'forward': {'outputs': {'hidden': outputs}},
+            'gradients': {'outputs': {'hidden': x}, 'params': filled},
+        }
+        found = kernels.equal_features_of(results, axes, orbits)
+        assert found['outputs/hidden'].distinct == distinct
+        assert found['gradients/hidden/kernel'].distinct == 1
+
+    filled, axes, orbits = filled_within_orbits(
+        models.create('mlp', width=4, init='random', unique_features=4)
+    )
+    assert kernels.equal_features(filled, axes, orbits) == {}, 'no features are meant to be equal'
+
+
+def test_the_features_of_a_layer_s_output_are_those_of_its_kernels():
+    axes = models.create('constnet', depth=10, width=1).feature_axes()['params']
+    assert kernels.output_axis('stem', axes) == 'stem'
+    assert kernels.output_axis('block1_1', axes) == 'stem'
+    axes = models.create('constnet', depth=10, width=2).feature_axes()['params']
+    assert kernels.output_axis('block1_1', axes) == 'block1_0'
+    for layer in ('head', 'nowhere'):
+        with pytest.raises(ValueError, match=f"layer '{layer}': its kernels have"):
+            kernels.output_axis(layer, axes)

@@ -243,3 +243,23 @@ def test_features_are_compared_as_results_are():
     spread = noise.feature_spread(x[:, :3], axis=1)
     assert (spread.distinct, spread.ulps, spread.absolute) == (2, 1, 2**-23)
     assert noise.feature_spread(x, axis=0).distinct == 2
+
+
+def test_features_are_compared_within_their_orbits():
+    x = jnp.array([[1.0, 2.0, 1.0, 2.0 + 2**-22], [0.0, 3.0, -0.0, 3.0]])
+    first = np.array([0, 1, 0, 1])
+    assert noise.feature_spread(x[:, :3], 1, first[:3]).distinct == 1
+    spread = noise.feature_spread(x, 1, first)
+    assert (spread.distinct, spread.ulps, spread.magnitude) == (2, 1, 3.0)
+    assert noise.feature_spread(x, 1).distinct == 3
+
+
+def test_elements_are_compared_within_their_classes():
+    """As in an identity, where the diagonal is one class and the rest another."""
+    classes = np.array([[0, 1, 1], [1, 0, 1], [1, 1, 0]])
+    x = jnp.where(classes == 0, 2.0, 1.0)
+    assert noise.element_spread(x, classes) == noise.Spread(1, 0, 0.0, 0.0, 2.0)
+    x = x.at[0, 1].add(2**-23).at[2, 0].add(2**-22)
+    spread = noise.element_spread(x, classes)
+    assert (spread.distinct, spread.ulps, spread.absolute) == (3, 2, 2**-22)
+    assert noise.element_spread(jnp.array([0.0, -0.0]), np.zeros(2, int)).distinct == 1

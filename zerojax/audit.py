@@ -30,9 +30,10 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from zerojax import cli, data, determinism, kernels, noise, records, step_audit, train
+from zerojax import cli, data, determinism, kernels, noise, records, step_audit, symmetry, train
 from zerojax import config as config_lib
 from zerojax.errors import RunError, UsageError
+from zerojax.precision import numbers_of
 
 Flat = dict[str, np.ndarray]
 
@@ -52,24 +53,25 @@ def prepare(config: ConfigDict) -> tuple[ConfigDict, data.Dataset]:
     config = train.resolve(config, dataset)
     train.check_backend(config.determinism.mode)
     train.check_layers(config, jax.eval_shape(lambda: train.new_state(config, dataset)).params)
+    train.check_initial_weights(config, dataset)
     config.perturbation.kind = 'none'
     return config, dataset
 
 
-def compile_step(config: ConfigDict, dataset: data.Dataset) -> step_audit.CompiledStep:
+def compile_step(
+    config: ConfigDict, dataset: data.Dataset, orbits: symmetry.Orbits | None
+) -> step_audit.CompiledStep:
     """The config's step at symmetric weights, compiled afresh."""
     model = config_lib.build_model(config, dataset.num_classes)
     jit = functools.partial(determinism.jit_in_mode, mode=config.determinism.mode)
     state = jit(lambda: train.new_state(config, dataset))()
-    state = step_audit.symmetric_state(state, model, train.build_optimizer(config))
+    state = step_audit.symmetric_state(state, model, train.build_optimizer(config), orbits)
     epoch_order = jit(functools.partial(data.epoch_order, num_examples=len(dataset.train.labels)))
     order = epoch_order(state.keys['order'], 0)
     examples = {'image': dataset.train.images, 'label': dataset.train.labels}
     source = jax.device_put((examples, order))
     with noise.no_compilation_cache():
-        train_steps = train.build_train_steps(
-            config, dataset.num_classes, train.build_orbits(config, dataset)
-        )
+        train_steps = train.build_train_steps(config, dataset.num_classes, orbits)
         return step_audit.CompiledStep(
             train_steps.lower(state, source, np.int32(1)).compile(),
             train.compile_inspection(config, dataset.num_classes, state, source),
@@ -119,8 +121,8 @@ def audit(
     # Before this process takes the device: a GPU's memory, or a TPU, may not be shared.
     files = in_fresh_processes(argv, folder, processes)
     config, dataset = prepare(config)
-    model = config_lib.build_model(config, dataset.num_classes)
-    compiled = compile_step(config, dataset)
+    orbits = train.build_orbits(config, dataset)
+    compiled = compile_step(config, dataset, orbits)
     first = compiled.run()
     flat = noise.flatten(first)
 
@@ -132,7 +134,7 @@ def audit(
     def recompiled() -> Iterator[Any]:
         yield flat
         for _ in range(compilations - 1):
-            yield noise.flatten(compile_step(config, dataset).run())
+            yield noise.flatten(compile_step(config, dataset, orbits).run())
 
     def elsewhere() -> Iterator[Any]:
         yield flat
@@ -148,13 +150,12 @@ def audit(
         compared[step_audit.PROCESSES] = 1 + processes
         floors[step_audit.PROCESSES] = noise.noise_floor(elsewhere())
 
-    axes = model.feature_axes()
-    features = kernels.equal_features_of(first, axes['params'])
+    axes = config_lib.build_model(config, dataset.num_classes).feature_axes()
+    features = kernels.equal_features_of(first, axes['params'], orbits)
     if new_state_shows_kernels(config):
-        new = {f'new_{name}': first['new state'][name] for name in ('params', 'batch_stats')}
-        features |= kernels.equal_features(
-            new, {'new_params': axes['params'], 'new_batch_stats': axes['batch_stats']}
-        )
+        for kind in ('params', 'batch_stats'):
+            found = kernels.equal_features(first['new state'][kind], axes[kind], orbits)
+            features |= {f'new_{kind}/{name}': spread for name, spread in found.items()}
     operations = compiled.operations(jax.default_backend())
     return step_audit.Verdict(compared, floors, operations, features)
 
@@ -174,9 +175,9 @@ def screen(config: ConfigDict, verdict: step_audit.Verdict) -> list[str]:
         f'machine   {machine["backend"]}: {machine["device_count"]} x {machine["device_kind"]}, '
         f'{machine["cpu_count"]} CPU cores; jax {versions["jax"]}, jaxlib {versions["jaxlib"]}',
         f'mode      {mode}; compiler options: {options}',
-        f'step      batch {config.batch_size}, {config.model.convolution} '
+        f'step      {config.param_dtype}, batch {config.batch_size}, {config.model.convolution} '
         f'convolution, steps_per_call {config.steps_per_call}, {config.optimizer.name}',
-        'weights   random, N(0, 1) / fan_in, equal along the feature axes; no perturbation',
+        'weights   random, N(0, 1) / fan_in, equal within each orbit of features; no perturbation',
         '',
         *verdict.table(),
     ]
@@ -197,7 +198,10 @@ def run(argv: list[str]) -> None:
     processes = cli.take_count(argv, 'processes', 2, least=0)
     config, workdir = cli.parse_flags(argv, prefix='audit_')
     if tensors_to is not None:
-        tensors: Any = noise.flatten(compile_step(*prepare(config)).run())
+        with numbers_of(config.param_dtype):
+            config, dataset = prepare(config)
+            compiled = compile_step(config, dataset, train.build_orbits(config, dataset))
+            tensors: Any = noise.flatten(compiled.run())
         np.savez(tensors_to, **tensors)
         return
     try:
@@ -207,7 +211,7 @@ def run(argv: list[str]) -> None:
         raise UsageError(
             f'--workdir={workdir}: cannot be written ({error.strerror}); name another folder'
         ) from error
-    with folder as name:
+    with folder as name, numbers_of(config.param_dtype):
         verdict = audit(config, child_argv, name, repeats, compilations, processes)
     for line in screen(config, verdict):
         print(line)

@@ -175,17 +175,39 @@ def _digest(x: np.ndarray) -> bytes:
     return hashlib.sha256(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data).digest()
 
 
-def feature_spread(x: Any, axis: int) -> Spread:
+def feature_spread(x: Any, axis: int, first: np.ndarray | None = None) -> Spread:
     """Spread over the features along an axis of an array, as if they were results of one thing.
 
-    Features are distinct as in `zerojax.symmetry`: bit by bit, but 0.0 equals -0.0. On the host.
+    Features are distinct as in `zerojax.symmetry`: bit by bit, but 0.0 equals -0.0. `first`, ints
+    [features], has one number for all features of an orbit: only these are compared, and the worst
+    orbit counts (None: all are one orbit). On the host.
     """
     x = np.asarray(x)
     features = np.moveaxis(_ordered(x), axis, 0)
-    if (features == features[:1]).all():
-        return _spread(features[0], features[0], x.dtype, 1)
-    distinct = len({_digest(feature) for feature in features})
-    return _spread(features.min(axis=0), features.max(axis=0), x.dtype, distinct)
+    if first is None:
+        first = np.zeros(len(features), int)
+    if (features == features[first]).all():
+        return _spread(features, features, x.dtype, 1)
+    orbits = [features[first == each] for each in np.unique(first)]
+    low, high = (np.stack([find(each, axis=0) for each in orbits]) for find in (np.min, np.max))
+    distinct = max(len({_digest(feature) for feature in orbit}) for orbit in orbits)
+    return _spread(low, high, x.dtype, distinct)
+
+
+def element_spread(x: Any, classes: np.ndarray) -> Spread:
+    """Spread over the elements of an array that are of one class; the worst class counts.
+
+    `classes` are ints of x's shape. 0.0 equals -0.0. On the host.
+    """
+    x = np.asarray(x)
+    values, classes = _ordered(x).ravel(), classes.ravel()
+    order = np.lexsort((values, classes))
+    values, classes = values[order], classes[order]
+    begins = np.append(True, classes[1:] != classes[:-1])
+    differs = begins | np.append(True, values[1:] != values[:-1])
+    distinct = int(np.max(np.add.reduceat(differs, np.flatnonzero(begins), dtype=int)))
+    ends = np.append(begins[1:], True)
+    return _spread(values[begins], values[ends], x.dtype, distinct)
 
 
 @contextlib.contextmanager

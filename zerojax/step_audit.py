@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from zerojax import kernels
+from zerojax import kernels, symmetry
 from zerojax.models import Network
 from zerojax.noise import Operation, Spread, noise_floor, operations_that_may_not_repeat
 from zerojax.step import Batch, TrainState, cross_entropy
@@ -20,16 +20,22 @@ from zerojax.step import Batch, TrainState, cross_entropy
 Tree = Any
 PARTS = ('forward', 'gradients', 'new state')
 ONE_EXECUTABLE, COMPILATIONS, PROCESSES = 'one executable', 'fresh compilations', 'processes'
-UNITS = {ONE_EXECUTABLE: 'calls', COMPILATIONS: 'compilations', PROCESSES: 'processes'}
 
+_UNITS = {ONE_EXECUTABLE: 'calls', COMPILATIONS: 'compilations', PROCESSES: 'processes'}
+_TITLES = {ONE_EXECUTABLE: 'calls of one executable'} | {x: x for x in (COMPILATIONS, PROCESSES)}
+_ROW = '{:<34} {:>7} {:>8} {:>9} {:>8}  {}'
+_COLUMNS = ('distinct', 'ULPs', 'relative', 'most in')
 _ROWS = 4  # of any list in the verdict, which is one screen
 
 
 def symmetric_state(
-    state: TrainState, model: Network, tx: optax.GradientTransformation
+    state: TrainState,
+    model: Network,
+    tx: optax.GradientTransformation,
+    orbits: symmetry.Orbits | None = None,
 ) -> TrainState:
     """The state with `kernels.symmetric_fill` for weights, and the optimizer as it starts."""
-    params = kernels.symmetric_fill(state.params, model.feature_axes()['params'])
+    params = kernels.symmetric_fill(state.params, model.feature_axes()['params'], orbits)
     return dataclasses.replace(state, params=params, opt_state=tx.init(params))
 
 
@@ -104,8 +110,9 @@ class Verdict:
             compilations', 'processes').
         noise: for each scope the spread of each tensor ('forward/outputs/stem').
         operations: those of the training program that may not repeat.
-        features: spread between the features of each tensor ('outputs/stem',
-            'gradients/block1_0/conv/kernel'); behind the first '/' comes the layer.
+        features: spread between the features of each tensor that are equal in exact arithmetic
+            ('outputs/stem', 'gradients/block1_0/conv/kernel'); behind the first '/' comes the
+            layer.
     """
 
     compared: dict[str, int]
@@ -163,7 +170,7 @@ class Verdict:
     def sentences(self) -> list[str]:
         """What can be said from what was measured, and no more."""
         sentences = []
-        counts = {scope: f'{number} {UNITS[scope]}' for scope, number in self.compared.items()}
+        counts = {scope: f'{number} {_UNITS[scope]}' for scope, number in self.compared.items()}
         noisy = {
             scope: {name: spread for name, spread in floor.items() if spread.distinct > 1}
             for scope, floor in self.noise.items()
@@ -189,63 +196,39 @@ class Verdict:
                 f'layers, least of all {name}: {spread.distinct} distinct features, '
                 f'{_ulps(spread)} ULPs, {_relative(spread)} of its largest number.'
             )
-        else:
+        elif layers:
             sentences.append(
                 f'Kernels keep equal features bitwise equal in all {len(layers)} layers.'
             )
+        else:
+            sentences.append('No features of this network are meant to be equal.')
         if silent := self.silent():
             sentences.append(
-                f'{len(silent)} tensors are 0 throughout and tell nothing: {_shortened(silent)}.'
+                f'Tensors that are 0 throughout and tell nothing: {_shortened(silent)}.'
             )
         return sentences
 
     def table(self) -> list[str]:
         """The measurements as lines of at most 100 columns."""
-        row = '{:<34} {:>7} {:>8} {:>9} {:>8}  {}'
-        lines = [row.format('noise floor', 'tensors', 'distinct', 'ULPs', 'relative', 'most in')]
+        lines = [_ROW.format('noise floor', 'tensors', *_COLUMNS)]
         for scope, floor in self.noise.items():
-            number = self.compared[scope]
-            lines.append(
-                f'{scope}, {number} calls' if scope == ONE_EXECUTABLE else f'{number} {scope}'
-            )
+            lines.append(f'{self.compared[scope]} {_TITLES[scope]}')
             for part in PARTS:
-                tensors = [name for name in floor if name.startswith(f'{part}/')]
+                names = [name for name in floor if name.startswith(f'{part}/')]
                 name, spread = worst(floor, part)
                 where = '' if spread.distinct == 1 else name.removeprefix(f'{part}/')
-                distinct = max(floor[name].distinct for name in tensors)
-                lines.append(
-                    row.format(
-                        f'  {part}', len(tensors), distinct, _ulps(spread), _relative(spread),
-                        where[-29:],
-                    )
-                )  # fmt: skip
-        lines.append('')
-        if not self.operations:
-            lines.append('operations known not to repeat on some backend: none in the program')
-        else:
-            lines.append('operations known not to repeat on some backend')
-            lines += [f'  {x.count:>3} {x.name}: {x.remark}' for x in self.operations[:_ROWS]]
-            lines += _and_more(len(self.operations))
-        lines.append('')
-        unequal, layers = self.unequal_layers(), self.layers()
-        if not unequal:
-            lines.append(f'equal features: bitwise equal in all {len(layers)} layers')
-        else:
-            row = '{:<34} {:>7} {:>8} {:>9} {:>8}  {}'
-            lines.append(
-                row.format('equal features', '', 'distinct', 'ULPs', 'relative', 'most in')
-            )
-            for layer, (name, spread) in list(unequal.items())[:_ROWS]:
-                lines.append(
-                    row.format(
-                        f'  {layer}', '', spread.distinct, _ulps(spread), _relative(spread),
-                        name[-29:],
-                    )
-                )  # fmt: skip
-            lines += _and_more(len(unequal))
-            lines.append(
-                f'  the other {len(layers) - len(unequal)} of {len(layers)}: bitwise equal'
-            )
+                lines.append(_row(part, spread, where, tensors=len(names)))
+
+        lines += ['', 'operations known not to repeat on some backend']
+        lines += [f'  {x.count:>3} {x.name}: {x.remark}' for x in self.operations[:_ROWS]]
+        lines += _and_more(len(self.operations)) if self.operations else ['  none in the program']
+
+        unequal, number = self.unequal_layers(), len(self.layers())
+        lines += ['', _ROW.format('equal features', '', *_COLUMNS) if unequal else 'equal features']
+        for layer, (name, spread) in list(unequal.items())[:_ROWS]:
+            lines.append(_row(layer, spread, name))
+        lines += _and_more(len(unequal))
+        lines.append(f'  bitwise equal in {number - len(unequal)} of {number} layers')
         return [line[:100].rstrip() for line in lines]
 
 
@@ -256,6 +239,11 @@ def worst(floor: dict[str, Spread], part: str) -> tuple[str, Spread]:
 
 def _largest(spreads: dict[str, Spread]) -> tuple[str, Spread]:
     return max(spreads.items(), key=lambda item: (item[1].ulps, item[1].distinct))
+
+
+def _row(title: str, spread: Spread, where: str, tensors: int | str = '') -> str:
+    distinct, ulps, relative = spread.distinct, _ulps(spread), _relative(spread)
+    return _ROW.format(f'  {title}', tensors, distinct, ulps, relative, where[-28:])
 
 
 def _ulps(spread: Spread) -> str:
@@ -282,12 +270,17 @@ def _and_more(number: int) -> list[str]:
     return [f'  and {number - _ROWS} more, see audit.json'] if number > _ROWS else []
 
 
-def audit_compiled(compiled: CompiledStep, params_axes: Tree, repeats: int) -> Verdict:
+def audit_compiled(
+    compiled: CompiledStep,
+    params_axes: Tree,
+    repeats: int,
+    orbits: symmetry.Orbits | None = None,
+) -> Verdict:
     """The short audit: noise of executables that exist already, and their equal features."""
     first = compiled.run()
     return Verdict(
         compared={ONE_EXECUTABLE: repeats},
         noise={ONE_EXECUTABLE: noise_floor([first, *(compiled.run() for _ in range(repeats - 1))])},
         operations=compiled.operations(jax.default_backend()),
-        features=kernels.equal_features_of(first, params_axes),
+        features=kernels.equal_features_of(first, params_axes, orbits),
     )

@@ -183,7 +183,9 @@ def is_symmetric(tree: Tree, feature_axes: Tree, orbits: Orbits | None = None) -
     return jnp.all(jnp.array(equal))
 
 
-def asymmetry(tree: Tree, feature_axes: Tree, orbits: Orbits | None = None) -> dict[str, jax.Array]:
+def asymmetry(
+    tree: Tree, feature_axes: Tree, orbits: Orbits | None = None, *, relative_to: Tree = None
+) -> dict[str, jax.Array]:
     """Largest relative deviation of any feature from its orbit's first, for each layer.
 
     A feature is all that its axis name indexes: weights into it, its normalisation, weights out of
@@ -194,12 +196,15 @@ def asymmetry(tree: Tree, feature_axes: Tree, orbits: Orbits | None = None) -> d
     arrays and their named axes: a float [] between 0 and 2 in the arrays' dtype, exactly 0 if and
     only if all features are equal.
 
+    With `relative_to` the w' are those of another tree like it: if `tree` is a direction in which
+    symmetric weights `relative_to` are moved, this is the asymmetry gained per unit moved.
+
     Raises:
         ValueError: tree and declaration do not fit each other.
     """
     leaves = list(_named(tree, feature_axes))
     scales: dict[str, jax.Array] = {}
-    for _, x, names in leaves:
+    for _, x, names in leaves if relative_to is None else _named(relative_to, feature_axes):
         for name in names.values():
             largest = jnp.max(jnp.abs(x))
             scales[name] = jnp.maximum(scales[name], largest) if name in scales else largest
@@ -229,13 +234,26 @@ def distance(tree: Tree, feature_axes: Tree, orbits: Orbits | None = None) -> di
         ValueError: tree and declaration do not fit each other.
     """
     layers: dict[str, list[jax.Array]] = {}
-    for path, x, names in _named(tree, feature_axes):
-        if not names:
-            continue
-        deviation = x - _project(x, path, names, orbits)  # exactly 0 where features are equal
-        deviation = deviation - _class_mean(deviation, path, names, orbits)
-        layers.setdefault('/'.join(path[:-1]), []).append(jnp.sum(deviation**2))
+    deviations = flatten_dict(transverse(tree, feature_axes, orbits))
+    for path, _, names in _named(tree, feature_axes):
+        if names:
+            layers.setdefault('/'.join(path[:-1]), []).append(jnp.sum(deviations[path] ** 2))
     return {layer: jnp.sqrt(sum(values)) for layer, values in layers.items()}
+
+
+def transverse(tree: Tree, feature_axes: Tree, orbits: Orbits | None = None) -> Tree:
+    """The part of the tree that is orthogonal to the symmetric subspace.
+
+    That is each weight less the mean of all that must equal it; exactly 0 where they are equal.
+
+    Raises:
+        ValueError: tree and declaration do not fit each other.
+    """
+    parts = {}
+    for path, x, names in _named(tree, feature_axes):
+        deviation = x - _project(x, path, names, orbits)  # exactly 0 where features are equal
+        parts[path] = deviation - _class_mean(deviation, path, names, orbits)
+    return unflatten_dict(parts)
 
 
 def _class_mean(

@@ -122,7 +122,7 @@ def _train(
     first_order = epoch_order(state.keys['order'], step // steps_per_epoch)
     train_steps = train_steps.lower(state, (device_data, first_order), np.int32(1)).compile()
     if mode == 'hardware' and 'audit' not in manifest:
-        audit = audit_start(config, dataset, train_steps, state, (device_data, first_order))
+        audit = audit_start(config, dataset, orbits, train_steps, state, (device_data, first_order))
         records.add_audit(manifest_file, manifest, audit)
     evaluate = make_evaluation(config, dataset, model)
     measure_layers = make_layer_measurement(config, dataset)
@@ -459,6 +459,7 @@ def compile_inspection(
 def audit_start(
     config: ConfigDict,
     dataset: data.Dataset,
+    orbits: symmetry.Orbits | None,
     train_steps: Any,
     state: TrainState,
     source: tuple[Batch, jax.Array],
@@ -470,11 +471,11 @@ def audit_start(
     """
     began = time.monotonic()
     model = config_lib.build_model(config, dataset.num_classes)
-    state = step_audit.symmetric_state(state, model, build_optimizer(config))
+    state = step_audit.symmetric_state(state, model, build_optimizer(config), orbits)
     inspection = compile_inspection(config, dataset.num_classes, state, source)
     compiled = step_audit.CompiledStep(train_steps, inspection, state, source)
     params_axes = model.feature_axes()['params']
-    verdict = step_audit.audit_compiled(compiled, params_axes, AUDIT_REPEATS)
+    verdict = step_audit.audit_compiled(compiled, params_axes, AUDIT_REPEATS, orbits)
     for sentence in verdict.sentences():
         print(f'audit: {sentence}', flush=True)
     return {'seconds': round(time.monotonic() - began, 1), **verdict.record(full=False)}

@@ -1,0 +1,154 @@
+"""Kinks: where the derivative that JAX takes of a function is not the only one.
+
+A ReLU has two derivatives at 0, one to each side. A feature that sits exactly there turns any
+perturbation, however small, into a finite change of the gradient, and no linearised train step
+knows of it. `margins` finds the distance of every input from the kink of every piecewise operation
+of any JAX function, whatever library the model is written in.
+"""
+
+import collections
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+Tree = Any
+Margins = dict[str, jax.Array]
+
+# Comparisons stand for the `where` that follows them, as in a leaky ReLU.
+_COMPARES_TWO = ('max', 'min', 'gt', 'ge', 'lt', 'le')
+_COMPARES_WITH_0 = ('abs', 'sign')
+
+
+def margins(function: Callable[..., Any], *args: Any) -> Margins:
+    """Distance of every input of every piecewise operation from its kink, at `function(*args)`.
+
+    Piecewise operations are max, min, clamp, abs, sign and comparisons of floats, so ReLU, leaky
+    ReLU, hard tanh and their like, however they are written. A margin is the difference of the two
+    numbers that are compared, a ReLU's its input: a float array, 0 at the kink. Reductions (max
+    pooling) and what is inside `cond` and `while` are not looked at. Pure: may be jitted and
+    differentiated.
+
+    Returns:
+        margins by name scope ('ConstNet/block1_0/relu'), as Linen modules and `jax.named_scope` set
+        it, with the name of the jitted function around the operation; '_1', '_2', ... is added to
+        names that come again. Inside a scan, margins of all iterations are stacked.
+    """
+    closed = jax.make_jaxpr(function)(*args)
+    _, found = _evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(args), '')
+    seen: collections.Counter[str] = collections.Counter()
+    named: Margins = {}
+    for name, margin in found:
+        named[f'{name}_{seen[name]}' if seen[name] else name] = margin
+        seen[name] += 1
+    return named
+
+
+def count(margins: Margins) -> dict[str, jax.Array]:
+    """Number of inputs exactly at each kink, int32 []."""
+    return {name: jnp.sum(x == 0, dtype=jnp.int32) for name, x in margins.items()}
+
+
+def crossings(
+    function: Callable[[Tree], Any], params: Tree, tangent: Tree, epsilon: float
+) -> dict[str, jax.Array]:
+    """Number of inputs of each kink that `params + epsilon · tangent` moves over it, int32 [].
+
+    To first order in epsilon: inputs whose margin is at most epsilon times its derivative. With
+    epsilon 0, these are the inputs at the kink that the tangent moves at all: a ReLU's input that
+    is 0 whatever the weights are does not count.
+    """
+    at, rates = jax.jvp(lambda params: margins(function, params), (params,), (tangent,))
+    return {
+        name: jnp.sum((jnp.abs(at[name]) <= epsilon * jnp.abs(rate)) & (rate != 0), dtype=jnp.int32)
+        for name, rate in rates.items()
+    }
+
+
+def _evaluate(
+    jaxpr: core.Jaxpr, consts: list[Any], args: list[Any], scope: str
+) -> tuple[list[Any], list[tuple[str, jax.Array]]]:
+    """Outputs of the jaxpr, and (name, margin) of its piecewise operations, in order."""
+    values = dict(zip(jaxpr.constvars, consts, strict=True))
+    values |= zip(jaxpr.invars, args, strict=True)
+    found: list[tuple[str, jax.Array]] = []
+    for eqn in jaxpr.eqns:
+        inputs = [x.val if isinstance(x, core.Literal) else values[x] for x in eqn.invars]
+        here = '/'.join(part for part in (scope, str(eqn.source_info.name_stack)) if part)
+        primitive = eqn.primitive.name
+        if primitive == 'scan':
+            outputs, inner = _evaluate_scan(eqn, inputs, here)
+        else:
+            # The equation as it stands, because a custom derivative is lost in evaluating its body.
+            outputs, inner = _evaluate_alone(jaxpr, eqn, inputs), []
+            body = eqn.params.get('jaxpr') or eqn.params.get('call_jaxpr')
+            if body is not None and primitive not in ('cond', 'while'):
+                name = eqn.params.get('name', '')
+                _, inner = _evaluate(
+                    getattr(body, 'jaxpr', body),
+                    getattr(body, 'consts', []),
+                    inputs,
+                    '/'.join(part for part in (here, name) if part),
+                )
+        found += inner + [(here, margin) for margin in _own_margins(primitive, inputs)]
+        values |= zip(eqn.outvars, outputs, strict=True)
+    outputs = [x.val if isinstance(x, core.Literal) else values[x] for x in jaxpr.outvars]
+    return outputs, found
+
+
+def _evaluate_alone(jaxpr: core.Jaxpr, eqn: core.JaxprEqn, inputs: list[Any]) -> list[Any]:
+    """Outputs of one equation. As a jaxpr of its own, because how equations are bound is private to
+    JAX and differs between its versions."""
+    given = {
+        x: value
+        for x, value in zip(eqn.invars, inputs, strict=True)
+        if not isinstance(x, core.Literal)
+    }
+    alone = jaxpr.replace(
+        constvars=[],
+        invars=list(given),
+        outvars=eqn.outvars,
+        eqns=[eqn],
+        effects=eqn.effects,
+        debug_info=jaxpr.debug_info.with_unknown_names(),
+    )
+    return core.jaxpr_as_fun(core.ClosedJaxpr(alone, []))(*given.values())
+
+
+def _own_margins(primitive: str, inputs: list[Any]) -> list[jax.Array]:
+    if not jnp.issubdtype(jnp.result_type(inputs[0]) if inputs else bool, jnp.floating):
+        return []
+    if primitive in _COMPARES_TWO:
+        return [jnp.subtract(*inputs)]
+    if primitive in _COMPARES_WITH_0:
+        return [inputs[0]]
+    if primitive == 'clamp':
+        low, x, high = inputs
+        return [x - low, x - high]
+    return []
+
+
+def _evaluate_scan(
+    eqn: core.JaxprEqn, inputs: list[Any], scope: str
+) -> tuple[list[Any], list[tuple[str, jax.Array]]]:
+    """A scan that hands out its iterations' margins too."""
+    num_consts, num_carry = eqn.params['num_consts'], eqn.params['num_carry']
+    consts, carry = inputs[:num_consts], inputs[num_consts : num_consts + num_carry]
+    body = eqn.params['jaxpr']
+    names: list[str] = []
+
+    def iteration(carry: list[Any], x: list[Any]) -> tuple[list[Any], Any]:
+        outputs, found = _evaluate(body.jaxpr, body.consts, [*consts, *carry, *x], scope)
+        names[:] = [name for name, _ in found]
+        return outputs[:num_carry], (outputs[num_carry:], [margin for _, margin in found])
+
+    carry, (stacked, found) = jax.lax.scan(
+        iteration,
+        carry,
+        inputs[num_consts + num_carry :],
+        length=eqn.params['length'],
+        reverse=eqn.params['reverse'],
+    )
+    return [*carry, *stacked], list(zip(names, found, strict=True))
