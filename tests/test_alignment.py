@@ -74,9 +74,7 @@ def test_features_that_hardly_differ_are_told_apart(dtype):
     params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), train=False)['params']
     params = jax.tree.map(lambda x: x.astype(dtype), params)
     noise = 4 * float(jnp.finfo(dtype).eps)
-    params = perturb.apply(
-        perturb.Perturbation('gaussian', noise), params, jax.random.key(1), jnp.int32(0)
-    )
+    params = perturb.gaussian(params, jax.random.key(1), noise)
     params = jax.device_get(params)
     permuted = alignment.permute(params, axes, random_permutations(params, axes))
     found = alignment.weight_matching(params, permuted, axes)

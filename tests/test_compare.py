@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from zerojax import alignment, compare, data, models, train
+from zerojax import alignment, compare, compare_pair, data, models, train, trained
 from zerojax import config as config_lib
 from zerojax.checkpoint import Checkpoints
+from zerojax.precision import numbers_of
 from zerojax.workdir import Workdir
 
 
@@ -73,13 +74,13 @@ def noisy(variables):
 
 def run_from(source, workdir, change, **fields):
     """A copy of a run with other fields in its config, and one checkpoint: `change(variables)`."""
-    run = compare.read_run(source)
+    run = trained.read_run(source)
     config = ConfigDict(run.config.to_dict())
     config.update_from_flattened_dict(fields)
     shutil.copytree(source, workdir, ignore=shutil.ignore_patterns('checkpoints', '.lock'))
     (workdir / 'config.json').write_text(json.dumps(config.to_dict()))
     dataset = data.load('digits', None, 'train', 'test')
-    with jax.enable_x64(True), jax.numpy_dtype_promotion('standard'):
+    with numbers_of(config.param_dtype), jax.numpy_dtype_promotion('standard'):
         shapes = jax.eval_shape(functools.partial(train.new_state, config, dataset))
         state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         variables = jax.tree.map(jnp.asarray, change(run.variables))
@@ -144,11 +145,11 @@ def test_predictions_are_those_that_the_run_recorded(runs, capsys):
 
 
 def test_without_a_common_checkpoint_before_the_metrics_bracket_the_step(runs):
-    a, b = (dataclasses.replace(compare.read_run(runs[k]), steps=[12]) for k in ('none', 'late'))
-    known = compare.find_parting(a, b, num_classes=10)
+    a, b = (dataclasses.replace(trained.read_run(runs[k]), steps=[12]) for k in ('none', 'late'))
+    known = compare_pair.find_parting(a, b, num_classes=10)
     assert (known['equal_at'], known['different_at'], known['proven']) == (4, 8, False)
     b = dataclasses.replace(b, lines=[])
-    known = compare.find_parting(a, b, num_classes=10)
+    known = compare_pair.find_parting(a, b, num_classes=10)
     assert (known['equal_at'], known['different_at']) == (None, 12)
     assert known['differing_line'] is None
 
@@ -176,7 +177,7 @@ def test_equal_runs_are_equal_in_all(runs, tmp_path, capsys):
 
 def permuted(run, variables):
     """The variables with all features in another order."""
-    axes = compare.network(run, 10).feature_axes()
+    axes = trained.network(run, 10).feature_axes()
     rng = np.random.default_rng(0)
     counts = alignment.feature_counts(variables['params'], axes['params'])
     orders = {name: rng.permutation(count) for name, count in counts.items()}
@@ -184,7 +185,7 @@ def permuted(run, variables):
 
 
 def test_alignment_undoes_a_permutation_of_features(runs, tmp_path):
-    run = compare.read_run(runs['constnet'])
+    run = trained.read_run(runs['constnet'])
     shuffled = run_from(runs['constnet'], tmp_path / 'shuffled', functools.partial(permuted, run))
     found = compare.compare([runs['constnet'], shuffled])
     (pair,) = found['pairs']
@@ -211,24 +212,24 @@ def test_runs_of_other_dtypes_keep_them(runs, tmp_path, dtype):
     def nudged(variables):
         return jax.tree.map(lambda x: (x * (1 + tiny_step)).astype(dtype), to_dtype(variables))
 
-    a = run_from(runs['constnet'], tmp_path / 'a', to_dtype)
-    b = run_from(runs['constnet'], tmp_path / 'b', nudged)
+    a = run_from(runs['late'], tmp_path / 'a', to_dtype, param_dtype=str(dtype))
+    b = run_from(runs['late'], tmp_path / 'b', nudged, param_dtype=str(dtype))
     with jax.numpy_dtype_promotion('standard'):
         found = compare.compare([a, b])
     (pair,) = found['pairs']
     differing = pair['parting']['differing_checkpoint']
-    assert differing['tensor'] == 'params/stem/kernel'
+    assert differing['tensor'] == 'params/hidden/kernel'
     assert 0 < differing['max_ulps'] <= 8
     norm = np.sqrt(
         sum(
             np.sum(x.astype(np.float64) ** 2)
-            for x in jax.tree.leaves(compare.read_run(a).variables['params'])
+            for x in jax.tree.leaves(trained.read_run(a).variables['params'])
         )
     )
     assert pair['weights']['l2'] == pytest.approx(tiny_step * norm, rel=0.3)
     assert all(np.isfinite(pair['line']['loss_aligned']))
-    single, other = compare.read_run(runs['constnet']), compare.read_run(a)
-    differing = compare.find_parting(single, other, num_classes=10)['differing_checkpoint']
+    single, other = trained.read_run(runs['late']), trained.read_run(a)
+    differing = compare_pair.find_parting(single, other, num_classes=10)['differing_checkpoint']
     if dtype == np.float64:
         assert differing is None, 'float64 holds every float32'
     else:
@@ -244,7 +245,7 @@ def test_several_runs_together(runs, capsys):
     found = compare.compare([runs['late'], runs['other']])['ensemble']
     assert found['varied'] == ['perturbation.seed', 'seed']
     predictions = [
-        compare.predict(compare.read_run(runs[k]), data.load('digits', None, 'train', 'test'))
+        trained.predict(trained.read_run(runs[k]), data.load('digits', None, 'train', 'test'))
         for k in ('late', 'other')
     ]
     mean = (predictions[0].probabilities + predictions[1].probabilities) / 2
@@ -270,7 +271,7 @@ def test_different_networks_are_compared_by_their_predictions(runs, tmp_path, ca
 
 
 def test_another_function_of_the_same_weights_is_another_network(runs):
-    run = compare.read_run(runs['constnet'])
+    run = trained.read_run(runs['constnet'])
     for field, value, same in (
         ('shortcut', 'pre_relu', False),
         ('init', 'random', True),
@@ -280,7 +281,7 @@ def test_another_function_of_the_same_weights_is_another_network(runs):
         config = ConfigDict(run.config.to_dict())
         config.model[field] = value
         other = dataclasses.replace(run, config=config)
-        assert compare.same_network(run, other) is same, field
+        assert compare_pair.same_network(run, other) is same, field
 
 
 def test_a_run_in_training_can_be_compared(runs, tmp_path, capsys):
@@ -303,7 +304,7 @@ def change_json(file, **fields):
 @pytest.fixture
 def mistakes(runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ('good', 'otherdata', 'changed', 'damaged', 'unfinished', 'old', 'broken'):
+    for name in ('good', 'otherdata', 'changed', 'damaged', 'unfinished', 'old', 'facts', 'broken'):
         shutil.copytree(runs['late'], name)
     facts = json.loads(pathlib.Path('good/manifest.json').read_text())['dataset']
     change_json(
@@ -312,7 +313,8 @@ def mistakes(runs, tmp_path, monkeypatch):
     change_json(pathlib.Path('changed/manifest.json'), dataset=facts | {'train_sha256': 'before'})
     pathlib.Path('damaged/config.json').write_text('{')
     shutil.rmtree('unfinished/checkpoints')
-    pathlib.Path('old/metrics.jsonl').write_text('[\n{}\n')
+    pathlib.Path('old/metrics.jsonl').write_text('{"step": 0, "kind": "eval"}\n[\n{}\n')
+    change_json(pathlib.Path('facts/manifest.json'), dataset={})
     for file in pathlib.Path('broken/checkpoints/12').rglob('*'):
         if file.is_file() and 'metadata' not in file.name.lower():
             file.write_bytes(b'')
@@ -327,8 +329,10 @@ def mistakes(runs, tmp_path, monkeypatch):
         (['good', 'nowhere'], 2, 'nowhere: not a folder'),
         (['good', 'good/config.json'], 2, 'good/config.json: not a folder'),
         (['good', 'unfinished'], 2, 'unfinished: holds no finished checkpoint'),
-        (['damaged', 'good'], 2, 'damaged: holds no run that can be read'),
-        (['good', 'old'], 2, 'old: holds no run that can be read'),
+        (['damaged', 'good'], 2, 'damaged/config.json: cannot be read'),
+        (['good', 'old'], 2, 'old: holds no run that can be read: metrics.jsonl, line 2: damaged'),
+        (['good', 'facts'], 2, "facts: holds no run that can be read: 'train_sha256'"),
+        (['good', 'old/../good'], 2, 'good: named twice'),
         (['good', 'otherdata'], 2, 'otherdata: its held-out set is part of another dataset'),
         (['changed', 'good'], 2, "dataset.train_split='train' of digits holds other examples now"),
         (['good', 'good', '--output=no/x.json'], 2, '--output=no/x.json: must be a file in'),

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from zerojax.noise import ulps_apart
 from zerojax.records import Record
-from zerojax.similarity import ulps_apart
 
 Tree = Any
 
@@ -65,11 +65,8 @@ def first_differing_tensor(a: Tree, b: Tree, order: Sequence[str]) -> DifferingT
     ours, theirs = flatten_dict(a, sep='/'), flatten_dict(b, sep='/')
     for path in order:
         x, y = ours[path], theirs[path]
-        if x.dtype == y.dtype:
-            ulps = ulps_apart(x, y)
-            differing, most = int(np.count_nonzero(ulps)), int(ulps.max(initial=0))
-        else:
-            differing, most = int(np.sum(x.astype(np.float64) != y.astype(np.float64))), None
+        differing = int(np.count_nonzero(x.astype(np.float64) != y.astype(np.float64)))
         if differing:
+            most = int(ulps_apart(x, y)) if x.dtype == y.dtype else None
             return DifferingTensor(path, differing, x.size, most)
     return None

@@ -11,33 +11,6 @@ import numpy as np
 
 Tree = Any
 
-_UINTS = {2: np.uint16, 4: np.uint32, 8: np.uint64}
-
-
-def ulps_apart(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Distance in units in the last place, uint64 of the arrays' shape.
-
-    It is the number of steps from one float to the next of its dtype (of 2, 4 or 8 bytes) that lead
-    from a to b: 0 if and only if they are equal, with 0.0 equal to -0.0, and 2 between the smallest
-    numbers on either side of 0.
-
-    Raises:
-        ValueError: they differ in dtype or shape.
-    """
-    if a.dtype != b.dtype or a.shape != b.shape:
-        raise ValueError(f'{a.dtype} {a.shape} and {b.dtype} {b.shape}: must be the same')
-    rank_a, rank_b = _rank(a), _rank(b)
-    # Two ranks can be further apart than int64 holds; modulo 2**64 the difference is right.
-    return np.maximum(rank_a, rank_b).view(np.uint64) - np.minimum(rank_a, rank_b).view(np.uint64)
-
-
-def _rank(x: np.ndarray) -> np.ndarray:
-    """Position of each float among all floats of its dtype, 0 at 0.0; int64."""
-    bits = np.ascontiguousarray(x).view(_UINTS[x.dtype.itemsize])
-    sign = bits.dtype.type(1) << bits.dtype.type(8 * x.dtype.itemsize - 1)
-    magnitude = (bits & ~sign).astype(np.int64)
-    return np.where(bits & sign, -magnitude, magnitude)
-
 
 def _vector(tree: Tree) -> np.ndarray:
     leaves = jax.tree.leaves(tree)
