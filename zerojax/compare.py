@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from zerojax import cli, ensemble
-from zerojax.compare_pair import compare_pair, differing_fields, same_network
+from zerojax.compare_pair import compare_pair, differing_fields, finite, same_network
 from zerojax.compare_report import report
 from zerojax.data import Dataset
 from zerojax.errors import UsageError
@@ -47,7 +47,7 @@ def compare(workdirs: Sequence[pathlib.Path]) -> Record:
                 'workdir': str(run.workdir),
                 'step': run.step,
                 'num_steps': run.config.num_steps,
-                'loss': found.loss,
+                'loss': finite(found.loss),
                 'accuracy': float(np.mean(found.correct)),
                 'params_sha256': params_sha256(run.variables['params']),
             }

@@ -97,7 +97,7 @@ def compare_pair(
 
 
 def finite(value: float) -> float | None:
-    """JSON knows no nan."""
+    """None for nan and infinity, which JSON does not know."""
     return value if math.isfinite(value) else None
 
 
@@ -179,11 +179,16 @@ def compare_losses(a: Run, b: Variables, aligned: Variables, dataset: data.Datas
     before, after = losses(b), losses(aligned)
     return {
         't': POINTS,
-        'loss': before,
-        'loss_aligned': after,
-        'barrier': interpolation.barrier(POINTS, before),
-        'barrier_aligned': interpolation.barrier(POINTS, after),
+        'loss': [finite(loss) for loss in before],
+        'loss_aligned': [finite(loss) for loss in after],
+        'barrier': finite_barrier(before),
+        'barrier_aligned': finite_barrier(after),
     }
+
+
+def finite_barrier(losses: list[float]) -> float | None:
+    """The barrier of losses at POINTS; None where one of them is not finite."""
+    return interpolation.barrier(POINTS, losses) if np.isfinite(losses).all() else None
 
 
 def loss_with_own_statistics(run: Run, variables: Variables, dataset: data.Dataset) -> float:

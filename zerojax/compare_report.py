@@ -12,7 +12,7 @@ def report(found: Record) -> str:
     for number, run in enumerate(found['runs'], start=1):
         lines.append(
             f'  {number}  {run["workdir"]}: step {run["step"]} of {run["num_steps"]}, '
-            f'loss {run["loss"]:.4f}, accuracy {run["accuracy"]:.4f}, '
+            f'loss {_number(run["loss"])}, accuracy {run["accuracy"]:.4f}, '
             f'weights {run["params_sha256"][:12]}'
         )
     for number, pair in enumerate(found['pairs'], start=2):
@@ -47,7 +47,7 @@ def _pair_rows(pair: Record) -> Iterator[tuple[str, str]]:
         )
         yield (
             'loss barrier',
-            f'{line["barrier"]:.4f}; aligned {line["barrier_aligned"]:.4f} '
+            f'{_number(line["barrier"])}; aligned {_number(line["barrier_aligned"])} '
             '(statistics of BatchNorm recomputed on training data at each point)',
         )
         values = (f'{k} {"none" if x is None else f"{x:.3f}"}' for k, x in pair['cka'].items())
@@ -55,6 +55,10 @@ def _pair_rows(pair: Record) -> Iterator[tuple[str, str]]:
     else:
         yield 'network', 'not the same, so weights, line and features are not compared'
     yield 'disagreement', f'{pair["disagreement"]:.2%} of held-out examples'
+
+
+def _number(x: float | None) -> str:
+    return 'not finite' if x is None else f'{x:.4f}'
 
 
 def _degrees(angle: float | None) -> str:

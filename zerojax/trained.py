@@ -163,8 +163,9 @@ def held_out_logits(run: Run, variables: Variables, dataset: data.Dataset) -> np
 
 
 def mean_loss(logits_NxC: np.ndarray, labels_N: np.ndarray) -> float:
-    """Mean cross-entropy in nats."""
-    log_probabilities_NxC = scipy.special.log_softmax(logits_NxC, axis=-1)
+    """Mean cross-entropy in nats; nan or infinity where the logits are."""
+    with np.errstate(invalid='ignore'):
+        log_probabilities_NxC = scipy.special.log_softmax(logits_NxC, axis=-1)
     return -float(np.mean(log_probabilities_NxC[np.arange(len(labels_N)), labels_N]))
 
 
@@ -172,9 +173,11 @@ def predict(run: Run, dataset: data.Dataset) -> Predictions:
     """What the run's newest checkpoint predicts, with the statistics that it was saved with."""
     logits_NxC = held_out_logits(run, run.variables, dataset)
     classes_N = np.argmax(logits_NxC, axis=-1)
+    with np.errstate(invalid='ignore'):
+        probabilities_NxC = scipy.special.softmax(logits_NxC, axis=-1)
     return Predictions(
         loss=mean_loss(logits_NxC, dataset.eval.labels),
-        probabilities=scipy.special.softmax(logits_NxC, axis=-1),
+        probabilities=probabilities_NxC,
         classes=classes_N,
         correct=classes_N == dataset.eval.labels,
     )
