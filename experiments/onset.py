@@ -5,8 +5,8 @@
 scale · N(0, 1) is added to the initial weights, for scales from 1e-30 to 0.1 and both places of the
 shortcut. Training starts when the asymmetry reaches 0.1. Beside every measured onset stands the one
 predicted from the unperturbed run alone: by the linearised step, and, where features start on a
-kink, with the first steps taken exactly. 3 seeds, in half an hour on two CPU cores. kinks.csv
-counts the features on a kink. See `experiments.runs` for flags and restarts.
+kink, with the first steps taken exactly. kinks.csv counts the features on a kink. 3 seeds, in a
+quarter of an hour on two CPU cores. See `experiments.runs` for flags and restarts.
 """
 
 import math

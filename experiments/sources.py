@@ -3,7 +3,7 @@
     python -m experiments.sources
 
 All layers together at several scales of each kind; then a single weight, and noise on the weights,
-of one parameter at a time; both places of the shortcut. 170 runs of 300 steps, half an hour on two
+of one parameter at a time; both places of the shortcut. 170 runs of 300 steps, 15 minutes on two
 CPU cores with one seed. See `experiments.runs` for flags and restarts.
 """
 
@@ -133,9 +133,7 @@ def run(experiment: runs.Experiment) -> None:
                 line[j] = (shown(found), median(found, never))
                 table.append(row(shortcut, source, float(perturbation.scale), path, found))
         draw_grid(panels[1, column], list(by_parameter), list(by_parameter.values()), num_steps)
-        panels[1, column].set_title(
-            ', '.join(f'column {i + 1}: {x}' for i, x in enumerate(sources))
-        )
+        panels[1, column].set_title(' | '.join(sources))
     runs.save_figure(experiment, figure)
     runs.write_table(experiment, table)
 

@@ -58,7 +58,7 @@ def draw(
     figure, panels = runs.new_figure(1, len(SHORTCUTS), width=11, height=4.5)
     for axes, shortcut in zip(panels, SHORTCUTS, strict=True):
         for i, dtype in enumerate(LOWEST):
-            tried = sorted(found[shortcut, dtype])
+            tried = found[shortcut, dtype]
             started = [(10.0**decades, onset) for decades, onset in tried if onset is not None]
             never = [10.0**decades for decades, onset in tried if onset is None]
             color = runs.COLORS[i]

@@ -6,30 +6,17 @@ network's function as it is. Which axes those are is what a model's `feature_axe
 declaration. Runs on the host, in float64.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 from scipy.optimize import linear_sum_assignment
 
+from zerojax.symmetry import named_axes
+
 Tree = Any
-Path = tuple[str, ...]
 Permutations = dict[str, np.ndarray]
-Names = tuple[str | None, ...]
-
-
-def _leaves(tree: Tree, feature_axes: Tree) -> Iterator[tuple[Path, np.ndarray, Names]]:
-    """Path, array and names of its axes, in the order of the declaration."""
-    arrays, declared = flatten_dict(tree), flatten_dict(feature_axes)
-    if arrays.keys() != declared.keys():
-        differing = sorted('/'.join(path) for path in arrays.keys() ^ declared.keys())
-        raise ValueError(f'feature_axes and tree differ in {", ".join(differing)}')
-    for path, names in declared.items():
-        x = np.asarray(arrays[path])
-        if len(names) != x.ndim:
-            raise ValueError(f'{"/".join(path)}: {names} does not fit shape {x.shape}')
-        yield path, x, names
+Names = dict[int, str]  # of the named axes of an array
 
 
 def feature_counts(tree: Tree, feature_axes: Tree) -> dict[str, int]:
@@ -40,11 +27,12 @@ def feature_counts(tree: Tree, feature_axes: Tree) -> dict[str, int]:
             length.
     """
     counts: dict[str, int] = {}
-    for path, x, names in _leaves(tree, feature_axes):
-        for size, name in zip(x.shape, names, strict=True):
-            if name is not None and counts.setdefault(name, size) != size:
+    for path, x, names in named_axes(tree, feature_axes):
+        for axis, name in names.items():
+            if counts.setdefault(name, x.shape[axis]) != x.shape[axis]:
                 raise ValueError(
-                    f'{"/".join(path)}: axis {name!r} has {size} features, elsewhere {counts[name]}'
+                    f'{"/".join(path)}: axis {name!r} has {x.shape[axis]} features, '
+                    f'elsewhere {counts[name]}'
                 )
     return counts
 
@@ -59,14 +47,14 @@ def permute(tree: Tree, feature_axes: Tree, permutations: Permutations) -> Tree:
     """
     return unflatten_dict(
         {
-            path: _permute_array(x, names, permutations)
-            for path, x, names in _leaves(tree, feature_axes)
+            path: _permute_array(np.asarray(x), names, permutations)
+            for path, x, names in named_axes(tree, feature_axes)
         }
     )
 
 
 def _permute_array(x: np.ndarray, names: Names, permutations: Permutations) -> np.ndarray:
-    for axis, name in enumerate(names):
+    for axis, name in names.items():
         if name in permutations:
             x = np.take(x, permutations[name], axis)
     return x
@@ -90,9 +78,9 @@ def weight_matching(a: Tree, b: Tree, feature_axes: Tree) -> Permutations:
     if feature_counts(a, feature_axes) != feature_counts(b, feature_axes):
         raise ValueError('a and b differ in their numbers of features')
     arrays = [
-        (x.astype(np.float64), y.astype(np.float64), names)
+        (np.asarray(x, np.float64), np.asarray(y, np.float64), names)
         for (_, x, names), (_, y, _) in zip(
-            _leaves(a, feature_axes), _leaves(b, feature_axes), strict=True
+            named_axes(a, feature_axes), named_axes(b, feature_axes), strict=True
         )
     ]
     counts = feature_counts(a, feature_axes)
@@ -101,7 +89,7 @@ def weight_matching(a: Tree, b: Tree, feature_axes: Tree) -> Permutations:
     while closer:
         closer = False
         for name in counts:
-            concerned = [each for each in arrays if name in each[2]]
+            concerned = [each for each in arrays if name in each[2].values()]
             trial = permutations | {name: _best_assignment(concerned, name, permutations)}
             if _squared_distance(concerned, trial) < _squared_distance(concerned, permutations):
                 permutations, closer = trial, True
@@ -123,8 +111,8 @@ def _best_assignment(
     count = len(permutations[name])
     similarity = np.zeros((count, count))
     for x, y, names in arrays:
-        for axis in (i for i, each in enumerate(names) if each == name):
-            others = (*names[:axis], None, *names[axis + 1 :])
+        for axis in (axis for axis, each in names.items() if each == name):
+            others = {i: each for i, each in names.items() if i != axis}
             similarity += (
                 _centred_rows(x, axis)
                 @ _centred_rows(_permute_array(y, others, permutations), axis).T

@@ -10,13 +10,15 @@ space goes to the head.
 Shapes are written as suffixes: B batch, H and W space, C channels, N classes.
 """
 
+import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import FrozenDict
 from jax.nn.initializers import Initializer, delta_orthogonal, he_normal, zeros
 
 from zerojax import initializers
@@ -61,10 +63,10 @@ def stages(depth: int, width: int) -> Iterator[tuple[str, int, int]]:
 
 
 class ConstNetBlock(nn.Module):
-    """y = relu(bn(x)); out = conv3x3(y); x + out, or conv1x1(y) + out where the width changes.
+    """y = relu(bn(x)); out = conv3x3(y); x + out, or conv1x1(y) + out where features are new.
 
     The 1x1 shortcut reads y after the ReLU, as the paper's code does (`shortcut='post_relu'`), or
-    bn(x) before it (`'pre_relu'`).
+    bn(x) before it (`'pre_relu'`); None if the block adds to the features that it reads.
     """
 
     features: int
@@ -72,7 +74,7 @@ class ConstNetBlock(nn.Module):
     kernel_init: Initializer
     shortcut_init: Initializer
     dropout: float
-    shortcut: str
+    shortcut: str | None
     convolution: str
 
     @nn.compact
@@ -84,7 +86,7 @@ class ConstNetBlock(nn.Module):
         )
         if self.dropout > 0:
             out = nn.Dropout(self.dropout, deterministic=not train)(out)
-        if x_BxHxWxC.shape[-1] == self.features:
+        if self.shortcut is None:
             return x_BxHxWxC + out
         source = y if self.shortcut == 'post_relu' else normalized
         shortcut = Conv(
@@ -99,6 +101,9 @@ class ConstNet(nn.Module):
     Called on images [B, H, W, C] of any float dtype, it returns logits [B, num_classes]; all
     arithmetic is in the dtype of the parameters. With `train=True` it normalises by the batch,
     needs `mutable=['batch_stats']`, and with `dropout` > 0 also `rngs={'dropout': key}`.
+
+    `feature_counts` gives the number of features of an axis name where it is not the usual one, as
+    in the small network of `zerojax.quotient`.
     """
 
     depth: int
@@ -110,10 +115,27 @@ class ConstNet(nn.Module):
     dropout_at: str = 'blocks'
     shortcut: str = 'post_relu'
     convolution: str = 'direct'
+    feature_counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.feature_counts = FrozenDict(self.feature_counts)  # modules must be hashable
+        super().__post_init__()
 
     def blocks(self) -> Iterator[tuple[str, int, int]]:
         """Name, number of output features and stride of each block, in order."""
         return stages(self.depth, self.width)
+
+    def streams(self) -> Iterator[tuple[str, str]]:
+        """Axis names of the features that each block reads and writes; equal where it adds to them.
+
+        The residual stream keeps its features until a shortcut convolution makes new ones.
+        """
+        stream, width = 'stem', 16
+        for name, features, _ in self.blocks():
+            source = stream
+            if features != width:
+                stream, width = name, features
+            yield source, stream
 
     def layers(self) -> list[str]:
         """Names of the submodules whose outputs follow one another, from the image on."""
@@ -127,17 +149,20 @@ class ConstNet(nn.Module):
     @nn.compact
     def __call__(self, images_BxHxWxC: jax.Array, train: bool) -> jax.Array:
         stem_init, kernel_init, shortcut_init = constnet_kernels(self.weight_init, self.sigma_w)
-        x = Conv(16, 3, 1, stem_init, self.convolution, name='stem')(images_BxHxWxC)
+        features = self.feature_counts.get('stem', 16)
+        x = Conv(features, 3, 1, stem_init, self.convolution, name='stem')(images_BxHxWxC)
         if self.dropout > 0 and self.dropout_at == 'stem':
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        for name, features, stride in self.blocks():
+        for (name, features, stride), (source, stream) in zip(
+            self.blocks(), self.streams(), strict=True
+        ):
             block = ConstNetBlock(
-                features,
+                self.feature_counts.get(stream, features),
                 stride,
                 kernel_init,
                 shortcut_init,
                 self.dropout if self.dropout_at == 'blocks' else 0.0,
-                self.shortcut,
+                None if source == stream else self.shortcut,
                 self.convolution,
                 name=name,
             )
@@ -150,21 +175,17 @@ class ConstNet(nn.Module):
 
         A tree like the variables `{'params': ..., 'batch_stats': ...}`; each leaf is a tuple with a
         name for every axis, or None for an axis that no features index (space, image channels,
-        classes). Axes of one name are indexed by the same features: the residual stream keeps its
-        features from block to block until a shortcut convolution makes new ones.
+        classes). Axes of one name are indexed by the same features, see `streams`.
         """
         params: dict[str, Any] = {'stem': {'kernel': (None, None, None, 'stem')}}
         batch_stats: dict[str, Any] = {}
-        stream, width = 'stem', 16
-        for name, features, _ in self.blocks():
-            source, source_width = stream, width
-            if features != source_width:
-                stream, width = name, features
+        stream = 'stem'
+        for name, (source, stream) in zip(self.layers()[1:], self.streams(), strict=True):
             params[name] = {
                 'bn': {'scale': (source,), 'bias': (source,)},
                 'conv': {'kernel': (None, None, source, stream)},
             }
-            if features != source_width:
+            if source != stream:
                 params[name]['shortcut'] = {'kernel': (None, None, source, stream)}
             batch_stats[name] = {'bn': {'mean': (source,), 'var': (source,)}}
         params['head'] = {'kernel': (stream, None), 'bias': (None,)}
@@ -199,7 +220,8 @@ class LeakyNet(nn.Module):
 
     The init string has a letter for the stem and for each block, see `initializers.lettered`. Even
     blocks (counted from 0 over all stages) start with the factor 1, odd ones with -1/ρ, so that a
-    pair computes -x although it has two leaky ReLUs in it. Called as `ConstNet`.
+    pair computes -x although it has two leaky ReLUs in it. Called as `ConstNet`, and with
+    `feature_counts` as there.
     """
 
     depth: int
@@ -209,6 +231,11 @@ class LeakyNet(nn.Module):
     negative_slope: float = 0.01
     dropout: float = 0.0
     convolution: str = 'direct'
+    feature_counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.feature_counts = FrozenDict(self.feature_counts)  # modules must be hashable
+        super().__post_init__()
 
     def blocks(self) -> Iterator[tuple[str, int, int]]:
         """Name, number of output features and stride of each block, in order."""
@@ -228,10 +255,11 @@ class LeakyNet(nn.Module):
     def __call__(self, images_BxHxWxC: jax.Array, train: bool) -> jax.Array:
         stem_letter, *letters = list(self.weight_init.replace('_', ''))
         stem_init = initializers.lettered(stem_letter, None, self.negative_slope)
-        x = Conv(16, 3, 1, stem_init, self.convolution, name='stem')(images_BxHxWxC)
+        features = self.feature_counts.get('stem', 16)
+        x = Conv(features, 3, 1, stem_init, self.convolution, name='stem')(images_BxHxWxC)
         for i, (name, features, stride) in enumerate(self.blocks()):
             block = LeakyNetBlock(
-                features,
+                self.feature_counts.get(name, features),
                 stride,
                 initializers.lettered(letters[i], i, self.negative_slope),
                 self.negative_slope,

@@ -46,16 +46,21 @@ class Orbits:
         return {name: len(np.unique(first)) for name, first in self.first.items()}
 
 
-def _named(tree: Tree, feature_axes: Tree) -> Iterator[tuple[Path, Any, dict[int, str]]]:
-    """Path, array and names of the named axes, for every array of the tree."""
+def named_axes(tree: Tree, feature_axes: Tree) -> Iterator[tuple[Path, Any, dict[int, str]]]:
+    """Path, array and names of the named axes, for every array, in the order of the declaration.
+
+    Raises:
+        ValueError: tree and declaration do not fit each other.
+    """
     arrays, declared = flatten_dict(tree), flatten_dict(feature_axes)
     if arrays.keys() != declared.keys():
         differing = sorted('/'.join(path) for path in arrays.keys() ^ declared.keys())
         raise ValueError(f'feature_axes and tree differ in {", ".join(differing)}')
-    for path, x in arrays.items():
-        if len(declared[path]) != x.ndim:
-            raise ValueError(f'{"/".join(path)}: {declared[path]} does not fit shape {x.shape}')
-        yield path, x, {axis: name for axis, name in enumerate(declared[path]) if name is not None}
+    for path, names in declared.items():
+        x = arrays[path]
+        if len(names) != x.ndim:
+            raise ValueError(f'{"/".join(path)}: {names} does not fit shape {x.shape}')
+        yield path, x, {axis: name for axis, name in enumerate(names) if name is not None}
 
 
 def find_orbits(params: Tree, feature_axes: Tree) -> Orbits:
@@ -70,7 +75,7 @@ def find_orbits(params: Tree, feature_axes: Tree) -> Orbits:
         ValueError: tree and declaration do not fit each other, or two axes of one name differ in
             length.
     """
-    arrays = [(path, np.asarray(x), names) for path, x, names in _named(params, feature_axes)]
+    arrays = [(path, np.asarray(x), names) for path, x, names in named_axes(params, feature_axes)]
     first: dict[str, np.ndarray] = {}
     for path, x, names in arrays:
         for axis, name in names.items():
@@ -177,7 +182,7 @@ def is_symmetric(tree: Tree, feature_axes: Tree, orbits: Orbits | None = None) -
     """
     equal = [
         _is_first(x, to_first)
-        for path, x, names in _named(tree, feature_axes)
+        for path, x, names in named_axes(tree, feature_axes)
         for _, to_first in _classes(path, names, orbits)
     ]
     return jnp.all(jnp.array(equal))
@@ -202,9 +207,9 @@ def asymmetry(
     Raises:
         ValueError: tree and declaration do not fit each other.
     """
-    leaves = list(_named(tree, feature_axes))
+    leaves = list(named_axes(tree, feature_axes))
     scales: dict[str, jax.Array] = {}
-    for _, x, names in leaves if relative_to is None else _named(relative_to, feature_axes):
+    for _, x, names in leaves if relative_to is None else named_axes(relative_to, feature_axes):
         for name in names.values():
             largest = jnp.max(jnp.abs(x))
             scales[name] = jnp.maximum(scales[name], largest) if name in scales else largest
@@ -235,7 +240,7 @@ def distance(tree: Tree, feature_axes: Tree, orbits: Orbits | None = None) -> di
     """
     layers: dict[str, list[jax.Array]] = {}
     deviations = flatten_dict(transverse(tree, feature_axes, orbits))
-    for path, _, names in _named(tree, feature_axes):
+    for path, _, names in named_axes(tree, feature_axes):
         if names:
             layers.setdefault('/'.join(path[:-1]), []).append(jnp.sum(deviations[path] ** 2))
     return {layer: jnp.sqrt(sum(values)) for layer, values in layers.items()}
@@ -250,7 +255,7 @@ def transverse(tree: Tree, feature_axes: Tree, orbits: Orbits | None = None) -> 
         ValueError: tree and declaration do not fit each other.
     """
     parts = {}
-    for path, x, names in _named(tree, feature_axes):
+    for path, x, names in named_axes(tree, feature_axes):
         deviation = x - _project(x, path, names, orbits)  # exactly 0 where features are equal
         parts[path] = deviation - _class_mean(deviation, path, names, orbits)
     return unflatten_dict(parts)
@@ -287,7 +292,7 @@ def unique_features(tree: Tree, feature_axes: Tree, orbits: Orbits | None = None
         ValueError: tree and declaration do not fit each other.
     """
     layers: dict[str, list[np.ndarray]] = {}
-    for path, x, names in _named(tree, feature_axes):
+    for path, x, names in named_axes(tree, feature_axes):
         if names:
             x, axis = np.asarray(x), max(names)
             if orbits is not None and path in orbits.entries:
@@ -307,7 +312,10 @@ def project(tree: Tree, feature_axes: Tree, orbits: Orbits | None = None) -> Tre
         ValueError: tree and declaration do not fit each other.
     """
     return unflatten_dict(
-        {path: _project(x, path, names, orbits) for path, x, names in _named(tree, feature_axes)}
+        {
+            path: _project(x, path, names, orbits)
+            for path, x, names in named_axes(tree, feature_axes)
+        }
     )
 
 
