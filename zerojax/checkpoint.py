@@ -6,6 +6,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from zerojax.errors import RunError
@@ -70,23 +71,23 @@ class Checkpoints:
         return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
 
     def read_variables(self, step: int) -> dict[str, Any]:
-        """{'params', 'batch_stats'} of the checkpoint of `step`, on the host.
+        """{'params', 'batch_stats'} of the checkpoint of `step`, on the host and in their dtypes.
 
         Raises:
             RunError: it is damaged.
         """
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         partial = ocp.options.PyTreeOptions(
             loading=ocp.options.PyTreeOptions.Loading(partial_load=True)
         )
         try:
             stored = self._checkpointer.metadata(step).metadata
+            # As NumPy arrays: JAX would round float64 to float32 where x64 is off.
             abstract = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+                lambda x: np.empty(x.shape, x.dtype),
                 {name: stored[name] for name in ('params', 'batch_stats')},
             )
             with ocp.Context(pytree_options=partial):
-                return jax.device_get(self._checkpointer.load(step, abstract_state=abstract))
+                return self._checkpointer.load(step, abstract_state=abstract)
         except Exception as error:  # Orbax and TensorStore raise many kinds
             raise self._unreadable(step, error) from error
 

@@ -5,12 +5,14 @@ locked, so a misspelt one is an error. `check` says what is wrong with a config 
 loaded or compiled.
 """
 
+import json
 import math
+import pathlib
 import re
 from collections.abc import Callable
 from typing import Any
 
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict, config_dict
 
 from zerojax import data, determinism, models, perturb, pruning
@@ -264,6 +266,26 @@ def check_field_exists(field: str) -> None:
         group = field.rpartition('.')[0]
         siblings = [each for each in fields if each.rpartition('.')[0] == group] or fields
         raise UsageError(f'{field}: no such field; allowed: {", ".join(siblings)}')
+
+
+def read(file: pathlib.Path) -> ConfigDict:
+    """The checked config of a run, from its workdir's config.json.
+
+    Raises:
+        UsageError: the file cannot be read, or a field of it is wrong.
+    """
+    try:
+        fields = flatten_dict(json.loads(file.read_text()))
+    except (OSError, ValueError, AttributeError) as error:
+        raise UsageError(f'{file}: cannot be read: {error}') from error
+    # JSON has no tuples.
+    fields = {path: tuple(x) if isinstance(x, list) else x for path, x in fields.items()}
+    config = ConfigDict(unflatten_dict(fields))
+    try:
+        check(config)
+    except UsageError as error:
+        raise UsageError(f'{file}: {error}') from error
+    return config
 
 
 def build_model(config: ConfigDict, num_classes: int) -> models.Network:

@@ -18,6 +18,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import FrozenDict
 from jax.nn.initializers import Initializer, delta_orthogonal, he_normal, zeros
 
 from zerojax import initializers
@@ -115,6 +116,10 @@ class ConstNet(nn.Module):
     shortcut: str = 'post_relu'
     convolution: str = 'direct'
     feature_counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.feature_counts = FrozenDict(self.feature_counts)  # modules must be hashable
+        super().__post_init__()
 
     def blocks(self) -> Iterator[tuple[str, int, int]]:
         """Name, number of output features and stride of each block, in order."""
@@ -227,6 +232,10 @@ class LeakyNet(nn.Module):
     dropout: float = 0.0
     convolution: str = 'direct'
     feature_counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.feature_counts = FrozenDict(self.feature_counts)  # modules must be hashable
+        super().__post_init__()
 
     def blocks(self) -> Iterator[tuple[str, int, int]]:
         """Name, number of output features and stride of each block, in order."""

@@ -47,15 +47,20 @@ class Orbits:
 
 
 def named_axes(tree: Tree, feature_axes: Tree) -> Iterator[tuple[Path, Any, dict[int, str]]]:
-    """Path, array and names of the named axes, for every array of the tree."""
+    """Path, array and names of the named axes, for every array, in the order of the declaration.
+
+    Raises:
+        ValueError: tree and declaration do not fit each other.
+    """
     arrays, declared = flatten_dict(tree), flatten_dict(feature_axes)
     if arrays.keys() != declared.keys():
         differing = sorted('/'.join(path) for path in arrays.keys() ^ declared.keys())
         raise ValueError(f'feature_axes and tree differ in {", ".join(differing)}')
-    for path, x in arrays.items():
-        if len(declared[path]) != x.ndim:
-            raise ValueError(f'{"/".join(path)}: {declared[path]} does not fit shape {x.shape}')
-        yield path, x, {axis: name for axis, name in enumerate(declared[path]) if name is not None}
+    for path, names in declared.items():
+        x = arrays[path]
+        if len(names) != x.ndim:
+            raise ValueError(f'{"/".join(path)}: {names} does not fit shape {x.shape}')
+        yield path, x, {axis: name for axis, name in enumerate(names) if name is not None}
 
 
 def find_orbits(params: Tree, feature_axes: Tree) -> Orbits:
