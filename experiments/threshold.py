@@ -20,6 +20,7 @@ from zerojax.perturb import Perturbation
 
 LOWEST = {'float64': -300.0, 'float32': -37.0, 'bfloat16': -37.0}  # decades; normal numbers
 RESOLUTION = 0.25  # decades
+LEFT_EDGE = -40.0  # decades, of the figure; what was tried below is drawn there
 SHORTCUTS = ('pre_relu', 'post_relu')
 
 
@@ -59,8 +60,9 @@ def draw(
     for axes, shortcut in zip(panels, SHORTCUTS, strict=True):
         for i, dtype in enumerate(LOWEST):
             tried = found[shortcut, dtype]
-            started = [(10.0**decades, onset) for decades, onset in tried if onset is not None]
-            never = [10.0**decades for decades, onset in tried if onset is None]
+            shown = [(10.0 ** max(decades, LEFT_EDGE), onset) for decades, onset in tried]
+            started = [(scale, onset) for scale, onset in shown if onset is not None]
+            never = [scale for scale, onset in shown if onset is None]
             color = runs.COLORS[i]
             if started:
                 axes.plot(*zip(*started, strict=True), 'o', color=color, ms=4, label=dtype)
@@ -69,7 +71,8 @@ def draw(
         axes.axhline(num_steps, color='0.5', lw=0.8)
         axes.set(
             xscale='log',
-            xlabel='scale of the perturbation',
+            xlim=(10.0 ** (LEFT_EDGE - 1), 10.0),
+            xlabel=f'scale of the perturbation (at the left edge: 1e{LEFT_EDGE:.0f} or less)',
             ylabel='steps until asymmetry 0.1 (x: never)',
             title=f'shortcut {shortcut}',
             ylim=(0, num_steps * 1.25),
