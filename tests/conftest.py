@@ -6,10 +6,11 @@ import tempfile
 # Two virtual CPU devices: code that silently assumes one would show.
 os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=2'
 os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
-# Many tests, and the processes they start, compile the same programs.
-CACHE = tempfile.mkdtemp(prefix='zerojax_tests_')
-atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
-os.environ['JAX_COMPILATION_CACHE_DIR'] = CACHE
+# Many tests, the workers of pytest-xdist and the processes they start compile the same programs.
+if 'PYTEST_XDIST_WORKER' not in os.environ:
+    CACHE = tempfile.mkdtemp(prefix='zerojax_tests_')
+    atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+    os.environ['JAX_COMPILATION_CACHE_DIR'] = CACHE
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'
 
 import jax
