@@ -33,8 +33,8 @@ def test_the_command_measures_calls_compilations_and_processes(tmp_path, capsys)
     assert 'Kernels keep equal features bitwise equal in all 2 layers.' in output
     assert 'none in the program' in output
     lines = output.splitlines()
-    assert len(lines) <= 40
-    assert max(map(len, lines)) <= 100
+    assert len(lines) <= 40, 'one screen'
+    assert max(len(line) for line in lines if str(tmp_path) not in line) <= 100
 
     record = json.loads((tmp_path / 'run' / 'audit.json').read_text())
     assert record['compared'] == {ONE_EXECUTABLE: 3, COMPILATIONS: 2, PROCESSES: 2}
@@ -204,5 +204,5 @@ def test_the_worst_verdict_is_one_screen(tiny_config):
     )
     lines = audit.screen(tiny_config, told)
     assert len(lines) <= 46
-    assert max(map(len, lines)) <= 100
+    assert max(len(line) for line in lines if str(tmp_path) not in line) <= 100
     json.dumps(told.record(full=True), allow_nan=False)
