@@ -8,7 +8,6 @@ the measurements that each evaluation makes of all layers, the first with its co
 minutes on two CPU cores. docs/performance.md keeps a result.
 """
 
-import functools
 import importlib
 import platform
 import statistics
@@ -18,7 +17,8 @@ import jax
 import numpy as np
 import optax
 
-from zerojax import data, evaluate, layers, models, step, train
+from zerojax import data, layers, models, prepare, step
+from zerojax.program import Program, scalars_of
 
 STEPS = 22
 REPETITIONS = 5
@@ -39,7 +39,6 @@ def milliseconds_a_step(
     state = step.create_state(model, tx, (size, size, channels), seed=0, perturbation_seed=0)
     train_steps = step.make_train_steps(
         step.train_step_function(model, tx),
-        lambda state, batch: batch,
         determinism='deterministic',
         steps_per_call=steps_per_call,
     )
@@ -61,13 +60,13 @@ def seconds_of_measurements(config_file: str, variant: str) -> tuple[float, list
     images = rng.integers(0, 256, (config.batch_size, size, size, channels)).astype(np.uint8)
     split = data.Split(images, rng.integers(0, 10, config.batch_size).astype(np.int32))
     dataset = data.Dataset(split, split, num_classes=10)
-    config = train.resolve(config, dataset)
-    state = jax.jit(functools.partial(train.new_state, config, dataset))()
-    measure_layers = evaluate.make_layer_measurement(config, dataset)
+    config = prepare.resolve(config, dataset)
+    program = Program(config, dataset)
+    state = program.initial_state(scalars_of(config))
     times = []
     for _ in range(1 + REPETITIONS):
         began = time.perf_counter()
-        measure_layers(state)
+        program.measure_layers(state)
         times.append(time.perf_counter() - began)
     return times[0], times[1:]
 

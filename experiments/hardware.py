@@ -31,10 +31,9 @@ def noise_floor(experiment: runs.Experiment) -> tuple[float, list[str]]:
     if file.exists() and (found := json.loads(file.read_text()))['config'] == fields:
         return found['floor'], found['verdict']
     config = runs.changed(experiment.config, **{'determinism.mode': 'hardware'})
-    config, dataset = audit.prepare(config)
-    laboratory = Laboratory(config, experiment.workdir)
-    compiled = audit.compile_step(config, dataset, laboratory.orbits)
-    verdict = step_audit.audit_compiled(compiled, laboratory.axes, REPEATS, laboratory.orbits)
+    program = audit.prepare_step(config)
+    compiled = audit.compile_step(program)
+    verdict = step_audit.audit_compiled(compiled, program.feature_axes, REPEATS, program.orbits)
     floor = max(
         spread.relative
         for name, spread in verdict.noise[step_audit.ONE_EXECUTABLE].items()

@@ -18,10 +18,10 @@ import numpy as np
 
 from experiments import runs
 from experiments.trajectories import ONSET, Laboratory, Trajectory
-from zerojax import kinks, stability
+from zerojax import kinks, records, stability
 from zerojax.perturb import NONE, Perturbation
+from zerojax.program import build_optimizer, scalars_of
 from zerojax.step import TrainState, cross_entropy, train_step_function
-from zerojax.train import build_optimizer
 
 SCALES = tuple(10.0**n for n in (-30, -25, -20, -15, *range(-12, 0)))
 SHOWN = (1e-30, 1e-10, 1e-8, 1e-6, 1e-4, 1e-2)  # as curves, of the first seed
@@ -35,7 +35,8 @@ class Prediction(Laboratory):
     """What one unperturbed run says of all perturbed ones."""
 
     def train_step(self, state: TrainState, source: Any) -> tuple[TrainState, Any]:
-        step = train_step_function(self.model, build_optimizer(self.config), orbits=self.orbits)
+        tx = build_optimizer(self.config, scalars_of(self.config))
+        step = train_step_function(self.model, tx, orbits=self.orbits)
         return step(state, self.make_batch(state, source))
 
     def tangent(self, state: TrainState) -> Any:
@@ -240,7 +241,7 @@ def run(experiment: runs.Experiment) -> None:
     draw(experiment, found)
     counted = [row for shortcut in SHORTCUTS for row in kink_rows(shortcut, found[shortcut])]
     if counted:
-        runs.write_csv(experiment.workdir / 'kinks.csv', counted)
+        records.write_csv(experiment.workdir / 'kinks.csv', counted)
         print(f'{experiment.workdir}/kinks.csv')
     runs.write_table(
         experiment, [row for shortcut in SHORTCUTS for row in rows_of(shortcut, found[shortcut])]

@@ -10,7 +10,6 @@ started again, an experiment goes on where it was: finished runs are not run aga
 that holds a run of another config is an error.
 """
 
-import csv
 import dataclasses
 import functools
 import importlib.metadata
@@ -30,12 +29,10 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 from numpy.typing import ArrayLike
 
-from zerojax import cli, data
-from zerojax.config import check
+from zerojax import cli, data, records
 from zerojax.errors import UsageError
 from zerojax.records import Record
-from zerojax.train import resolve, train
-from zerojax.workdir import Workdir
+from zerojax.sweep import sweep
 
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#999999')
@@ -138,22 +135,18 @@ def train_all(
     Raises:
         UsageError: a field is wrong, or a run's folder holds a run of another config.
     """
-    for arm, fields in arms.items():  # before the first of them takes its time
-        try:
-            check(changed(experiment.config, **fields))
-        except UsageError as error:
-            raise UsageError(f'{arm}: {error}') from error
-    runs = []
+    jobs = {}
     for arm, fields in arms.items():
         for seed in range(experiment.seeds) if only_seed is None else [only_seed]:
             config = changed(experiment.config, **fields)
             config.seed = config.perturbation.seed = seed
-            workdir = run_folder(experiment, arm, seed)
-            print(f'-- {experiment.name}: {arm}, seed {seed}', flush=True)
-            summary = finished(config, workdir) or train(config, workdir)
-            text = (workdir / 'metrics.jsonl').read_text()
-            lines = [json.loads(line) for line in text.splitlines()]
-            runs.append(Run(arm, seed, workdir, summary, lines))
+            jobs[arm, seed] = config, run_folder(experiment, arm, seed)
+    runs = []
+    for (arm, seed), summary in zip(jobs, sweep(list(jobs.values())), strict=True):
+        workdir = run_folder(experiment, arm, seed)
+        text = (workdir / 'metrics.jsonl').read_text()
+        lines = [json.loads(line) for line in text.splitlines()]
+        runs.append(Run(arm, seed, workdir, summary, lines))
     return runs
 
 
@@ -161,19 +154,6 @@ def run_folder(experiment: Experiment, arm: str, seed: int) -> pathlib.Path:
     """Where the run of an arm and seed lives."""
     name = ''.join(c if c.isalnum() or c in '.-' else '_' for c in arm)
     return experiment.workdir / 'runs' / f'{name}_{seed}'
-
-
-def finished(config: ConfigDict, workdir: pathlib.Path) -> Record | None:
-    """The summary of the run in `workdir` if it is finished; None if there is more to do.
-
-    Raises:
-        UsageError: it is a run of another config.
-    """
-    if not (workdir / 'summary.json').exists():
-        return None
-    resolved = resolve(config, dataset_of(config))
-    with Workdir(workdir, json.loads(json.dumps(resolved.to_dict()))):
-        return json.loads((workdir / 'summary.json').read_text())
 
 
 def mean_and_deviation(values: Sequence[float], digits: int = 3) -> str:
@@ -203,7 +183,7 @@ def by_arm(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 def write_table(experiment: Experiment, rows: list[dict[str, Any]]) -> None:
     """Prints a table and writes it as table.md (with command, hardware, versions) and table.csv."""
-    write_csv(experiment.workdir / 'table.csv', rows)
+    records.write_csv(experiment.workdir / 'table.csv', rows)
     columns = list(rows[0])
     lines = [
         '| ' + ' | '.join(columns) + ' |',
@@ -215,14 +195,6 @@ def write_table(experiment: Experiment, rows: list[dict[str, Any]]) -> None:
         f'    {experiment.command}\n\n{circumstances(experiment)}\n\n{table}\n'
     )
     print(f'\n{table}\n\n{experiment.workdir}/table.md, table.csv')
-
-
-def write_csv(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
-    """Writes rows of the same columns."""
-    with open(path, 'w', newline='') as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def circumstances(experiment: Experiment) -> str:

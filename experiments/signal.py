@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import runs
-from zerojax import data, metrics, models
+from zerojax import data, metrics, models, records
 from zerojax.determinism import jit_in_mode
 from zerojax.train import resolve
 
@@ -100,7 +100,7 @@ def run(experiment: runs.Experiment) -> None:
         for seed, values in enumerate(per_seed)
         for position, layer in enumerate(values['signal'])
     ]
-    runs.write_csv(experiment.workdir / 'layers.csv', layers)
+    records.write_csv(experiment.workdir / 'layers.csv', layers)
     draw(experiment, measured)
 
     def ends(per_seed: list[Measured], quantity: str, position: int) -> list[float]:

@@ -21,14 +21,12 @@ from ml_collections import ConfigDict
 
 from experiments.runs import dataset_of
 from zerojax import config as config_lib
-from zerojax import data, determinism, records, symmetry
-from zerojax import train as training
-from zerojax.evaluate import make_evaluation
+from zerojax import determinism, records, symmetry
 from zerojax.perturb import NONE, WEIGHT_KINDS, Perturbation, perturb_weights
 from zerojax.precision import numbers_of
-from zerojax.step import Batch, TrainState, train_step_function
-
-Source = tuple[Batch, jax.Array]
+from zerojax.prepare import resolve
+from zerojax.program import Program, Source, build_optimizer, scalars_of
+from zerojax.step import TrainState, train_step_function
 
 ONSET = 0.1  # asymmetry from which on features are as good as different; see docs/findings.md
 
@@ -73,12 +71,13 @@ class Laboratory:
     def __init__(self, config: ConfigDict, folder: pathlib.Path) -> None:
         config_lib.check(config)
         self.dataset = dataset_of(config)
-        self.config = training.resolve(config, self.dataset)
+        self.config = resolve(config, self.dataset)
         self.folder = folder
-        self.model = config_lib.build_model(self.config, self.dataset.num_classes)
-        self.make_batch = training.make_batch_function(self.config, self.dataset.num_classes)
-        self.axes = self.model.feature_axes()['params']
-        self.orbits = training.build_orbits(self.config, self.dataset)
+        self.program = Program(self.config, self.dataset)
+        self.model = self.program.model
+        self.make_batch = self.program.make_batch
+        self.axes = self.program.feature_axes
+        self.orbits = self.program.orbits
         self.jit = functools.partial(determinism.jit_in_mode, mode=self.config.determinism.mode)
         self._executables: dict[Perturbation, Any] = {}
 
@@ -108,21 +107,17 @@ class Laboratory:
 
     def initial_state(self, seed: int) -> TrainState:
         """The unperturbed state before the first step; the seed decides the noise to come too."""
-        config = ConfigDict(self.config.to_dict())
-        config.seed = config.perturbation.seed = seed
-        return self.jit(functools.partial(training.new_state, config, self.dataset))()
+        seeds = {'seed': np.int32(seed), 'perturbation.seed': np.int32(seed)}
+        return self.program.initial_state(scalars_of(self.config) | seeds)
 
     def sources(self, state: TrainState) -> Iterator[Source]:
-        """What the batch of each step is made from; see `train.make_batch_function`."""
-        split = self.dataset.train
-        examples = jax.device_put({'image': split.images, 'label': split.labels})
-        size = len(split.labels)
-        epoch_order = self.jit(functools.partial(data.epoch_order, num_examples=size))
+        """What each step reads."""
+        scalars = scalars_of(self.config)
         for step in range(self.config.num_steps):
-            epoch, position = divmod(step, size // self.config.batch_size)
+            epoch, position = divmod(step, len(self.dataset.train.labels) // self.config.batch_size)
             if position == 0:
-                order = epoch_order(state.keys['order'], epoch)
-            yield examples, order
+                order = self.program.epoch_order(state.keys['order'], epoch)
+            yield Source(self.program.examples, order, scalars)
 
     def _simulate(self, perturbation: Perturbation, seed: int) -> records.Record:
         p, once = perturbation, None
@@ -144,24 +139,19 @@ class Laboratory:
         broken = int(state.broken_at_step)
         return {
             **curves,
-            'accuracy': self._evaluate(state)['accuracy'],
+            'accuracy': float(self.program.evaluate(state)['accuracy']),
             'broken_at_step': None if broken < 0 else broken,
         }
-
-    @functools.cached_property
-    def _evaluate(self) -> Any:
-        return make_evaluation(self.config, self.dataset, self.model)
 
     def _executable(self, perturbation: Perturbation) -> Any:
         """Jitted (state, source, scale) -> (state, {'loss', 'asymmetry'}) for any scale."""
         kind = dataclasses.replace(perturbation, scale=0.0)
         if kind not in self._executables:
-            tx = training.build_optimizer(self.config)
 
             def step(state: TrainState, source: Source, scale: jax.Array) -> Any:
                 train_step = train_step_function(
                     self.model,
-                    tx,
+                    build_optimizer(self.config, source.scalars),
                     perturbation=dataclasses.replace(kind, scale=scale),
                     project=self.config.symmetry.project,
                     orbits=self.orbits,

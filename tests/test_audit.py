@@ -103,16 +103,15 @@ def test_the_step_is_the_run_s_own_and_has_no_scatter(tiny_config):
     """The loss uses one-hot labels and images are pooled by the mean, so nothing adds by index."""
     tiny_config.dataset.augment = True
     tiny_config.model.dropout = 0.1
-    config, dataset = audit.prepare(tiny_config)
-    compiled = audit.compile_step(config, dataset, None)
+    program = audit.prepare_step(tiny_config)
+    compiled = audit.compile_step(program)
     assert 'while(' in compiled.train_steps.as_text(), 'steps_per_call=5 is a loop'
     assert compiled.operations('gpu') == []
-    axes = audit.config_lib.build_model(config, dataset.num_classes).feature_axes()['params']
-    verdict = step_audit.audit_compiled(compiled, axes, 2)
+    verdict = step_audit.audit_compiled(compiled, program.feature_axes, 2)
     assert not verdict.unequal_layers(), 'measured without dropout'
     assert sorted(verdict.layers()) == ['block1_0', 'block2_0', 'block3_0', 'head', 'stem']
     assert not verdict.silent()
-    assert not audit.new_state_shows_kernels(config)
+    assert not audit.new_state_shows_kernels(program.config)
     assert int(compiled.state.step) == 0, 'not donated'
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from zerojax import alignment, compare, compare_pair, data, models, train, trained
+from zerojax import alignment, compare, compare_pair, data, models, program, train, trained
 from zerojax import config as config_lib
 from zerojax.checkpoint import Checkpoints
 from zerojax.precision import numbers_of
@@ -81,7 +81,8 @@ def run_from(source, workdir, change, **fields):
     (workdir / 'config.json').write_text(json.dumps(config.to_dict()))
     dataset = data.load('digits', None, 'train', 'test')
     with numbers_of(config.param_dtype), jax.numpy_dtype_promotion('standard'):
-        shapes = jax.eval_shape(functools.partial(train.new_state, config, dataset))
+        new = functools.partial(program.new_state, config, dataset)
+        shapes = jax.eval_shape(new, program.scalars_of(config))
         state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         variables = jax.tree.map(jnp.asarray, change(run.variables))
         state = dataclasses.replace(state, step=jnp.int32(run.step), **variables)
@@ -352,7 +353,7 @@ def mistakes(runs, tmp_path, monkeypatch):
         (['changed', 'good'], 2, "dataset.train_split='train' of digits holds other examples now"),
         (['good', 'good', '--output=no/x.json'], 2, '--output=no/x.json: must be a file in'),
         (['good', 'good', '--output=good'], 2, '--output=good: must be a file in'),
-        (['good', 'broken'], 1, 'broken/checkpoints/12 cannot be read'),
+        (['good', 'broken'], 1, 'broken/checkpoints/12 is damaged'),
     ],
 )
 def test_mistakes(mistakes, capsys, arguments, status, message):

@@ -7,6 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from experiments import arms, leakynet, lottery, runs, signal, unique_features
+from zerojax import sweep
 from zerojax.errors import UsageError
 
 
@@ -27,19 +28,19 @@ def small(monkeypatch):
 def test_an_experiment_goes_on_where_it_was(experiment, small, monkeypatch, capsys):
     trained = []
 
-    def train(config, workdir):
+    def train(config, workdir, *shared):
         if len(trained) == 3:
             raise KeyboardInterrupt
         trained.append(workdir.name)
-        return runs_train(config, workdir)
+        return sweep_train(config, workdir, *shared)
 
-    runs_train = runs.train
-    monkeypatch.setattr(runs, 'train', train)
+    sweep_train = sweep.train
+    monkeypatch.setattr(sweep, 'train', train)
     with pytest.raises(KeyboardInterrupt):
         unique_features.run(experiment)
     assert not (experiment.workdir / 'table.csv').exists()
     monkeypatch.setattr(
-        runs, 'train', lambda *args: trained.append(args[1].name) or runs_train(*args)
+        sweep, 'train', lambda *args: trained.append(args[1].name) or sweep_train(*args)
     )
     unique_features.run(experiment)
     assert len(trained) == len(set(trained)) == 2 * 2 * 2, 'no run twice'
@@ -58,7 +59,7 @@ def test_an_experiment_goes_on_where_it_was(experiment, small, monkeypatch, caps
     assert (experiment.workdir / 'figure.pdf').exists()
 
     # A changed config is noticed, also in finished runs.
-    monkeypatch.setattr(runs, 'train', None)
+    monkeypatch.setattr(sweep, 'train', None)
     unique_features.run(experiment)
     experiment.config.optimizer.learning_rate = 0.01
     with pytest.raises(UsageError, match=r'optimizer\.learning_rate is 0\.03 there and 0\.01 here'):

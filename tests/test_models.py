@@ -1,3 +1,6 @@
+import functools
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -341,3 +344,42 @@ LEAKY = {'name': 'leakynet', 'init': '1_1_1_1', 'depth': 7}
 def test_what_a_network_has_no_use_for_is_refused(arguments, message):
     with pytest.raises(ValueError, match=f'^{message}'):
         models.create(**arguments)
+
+
+@pytest.mark.parametrize('name', ['constnet', 'leakynet', 'wideresnet', 'fixup'])
+def test_mixed_precision_keeps_parameters_statistics_and_logits_in_float32(name):
+    """And every convolution, forward and backward, computes in bfloat16."""
+    arguments = {
+        'constnet': {'name': 'constnet', 'depth': 7},
+        'leakynet': {'name': 'leakynet', 'depth': 10, 'init': '1_ii_ii_hh'},
+        'wideresnet': {'name': 'wideresnet', 'depth': 10, 'init': 'he'},
+        'fixup': {'name': 'wideresnet', 'depth': 10, 'init': 'fixup'},
+    }[name]
+    images = np.random.default_rng(0).normal(size=(8, 8, 8, 3)).astype(np.float32)
+    single = models.create(**arguments, width=1)
+    mixed = models.create(**arguments, width=1, dtype='bfloat16')
+
+    def loss(params, model, batch_stats):
+        logits, updated = model.apply(
+            {'params': params, 'batch_stats': batch_stats}, images, train=True,
+            mutable=['batch_stats'],
+        )  # fmt: skip
+        return jnp.sum(logits**2), (logits, updated)
+
+    with jax.numpy_dtype_promotion('standard'):  # Flax's BatchNorm mixes bfloat16 and float32
+        init = jax.jit(functools.partial(mixed.init, train=False))
+        variables = init(jax.random.key(0), images)
+        params, batch_stats = variables['params'], variables.get('batch_stats', {})
+        params['head']['kernel'] += jax.random.normal(jax.random.key(1), (64, 10))
+        gradient = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
+        grads, (logits, updated) = gradient(params, mixed, batch_stats)
+        _, (expected, _) = gradient(params, single, batch_stats)
+        jaxpr = str(jax.make_jaxpr(lambda p: gradient(p, mixed, batch_stats))(params))
+    for x in jax.tree.leaves((params, grads, logits, updated)):
+        assert x.dtype == np.float32
+    convolutions = re.findall(r'(\w+)\[[\d,]+\] = conv_general_dilated', jaxpr)
+    assert len(convolutions) > 9
+    assert set(convolutions) == {'bf16'}
+    # bfloat16 rounds to 2^-9, once in each of at most 10 layers.
+    scale = np.abs(expected).max()
+    assert 0 < np.abs(logits - expected).max() < 10 * 2**-9 * scale

@@ -171,8 +171,7 @@ def test_how_steps_are_split_into_calls_does_not_change_a_bit():
         model, tx, perturbation=perturb.Perturbation('gaussian', 1e-6)
     )
     steps = step.make_train_steps(
-        function,
-        lambda state, data: jax.tree.map(lambda x: x[state.step], data),
+        lambda state, data: function(state, jax.tree.map(lambda x: x[state.step], data)),
         determinism='deterministic',
         steps_per_call=3,
     )
@@ -242,7 +241,7 @@ def test_evaluation_ignores_padding():
     variables = {'params': state.params, 'batch_stats': state.batch_stats}
     images = np.random.default_rng(0).normal(size=(6, *SHAPE)).astype(np.float32)
     labels = np.array([1, 2, 3, 4, 5, 6], np.int32)
-    eval_step = step.make_eval_step(model, lambda x: x, determinism='deterministic')
+    eval_step = jax.jit(step.eval_step_function(model, lambda x: x))
     padded = eval_step(variables, images, np.where(np.arange(6) < 4, labels, -1).astype(np.int32))
     logits = np.asarray(model.apply(variables, images, train=False), np.float64)[:4]
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))

@@ -1,6 +1,7 @@
 """Properties of whole runs, in this process."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -61,16 +62,6 @@ def test_a_run_leaves_what_the_contract_says(tiny_config, tmp_path):
     assert {**again, 'seconds': 0} == {**summary, 'seconds': 0}
     assert [line['step'] for line in lines(tmp_path, 'train')] == [4, 8, 12, 16, 20, 24]
 
-    # A damaged checkpoint is an error and never wrong weights; without it the one before serves.
-    for file in (tmp_path / 'checkpoints' / '24').rglob('*'):
-        if file.is_file():
-            file.write_bytes(b'')
-    with pytest.raises(RunError, match=r'checkpoints/24 cannot be read .* remove that folder'):
-        train(tiny_config, tmp_path)
-    shutil.rmtree(tmp_path / 'checkpoints' / '24')
-    assert train(tiny_config, tmp_path)['params_sha256'] == summary['params_sha256']
-    assert [line['step'] for line in lines(tmp_path, 'train')] == [4, 8, 12, 16, 20, 24]
-
     # Killed before the first checkpoint was saved: it starts anew.
     before = (tmp_path / 'metrics.jsonl').read_bytes()
     shutil.rmtree(tmp_path / 'checkpoints')
@@ -81,6 +72,34 @@ def test_a_run_leaves_what_the_contract_says(tiny_config, tmp_path):
     tiny_config.perturbation.scale = 1e-5
     with pytest.raises(UsageError, match=r'perturbation\.scale is 1e-06 there and 1e-05 here'):
         train(tiny_config, tmp_path)
+
+
+def damage(folder, change):
+    for file in folder.rglob('*'):
+        if file.is_file():
+            file.write_bytes(change(file.read_bytes()))
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_serves(tiny_config, tmp_path, capsys):
+    summary = train(tiny_config, tmp_path)
+    metrics = (tmp_path / 'metrics.jsonl').read_bytes()
+    damage(tmp_path / 'checkpoints' / '24', lambda content: b'')
+    capsys.readouterr()
+    assert train(tiny_config, tmp_path)['params_sha256'] == summary['params_sha256']
+    assert (tmp_path / 'metrics.jsonl').read_bytes() == metrics
+    output = capsys.readouterr().out
+    assert re.search(r'checkpoints/24 is damaged .*; moved to \S+/damaged_checkpoints/24', output)
+    assert 'RESUMING at step 18 of 24' in output
+    assert (tmp_path / 'damaged_checkpoints' / '24').is_dir()
+
+    for step in (12, 18, 24):
+        damage(tmp_path / 'checkpoints' / str(step), lambda content: content[: len(content) // 2])
+    with pytest.raises(
+        RunError, match=r'/24 is damaged .*/12 is damaged .* none is left .* remove'
+    ):
+        train(tiny_config, tmp_path)
+    steps = {path.name for path in (tmp_path / 'checkpoints').iterdir() if path.is_dir()}
+    assert steps == {'12', '18', '24'}, 'nothing was taken away'
 
 
 def test_without_perturbation_symmetry_is_exact_to_the_end(tiny_config, tmp_path):

@@ -16,7 +16,6 @@ The verdict is printed; DIR/audit.json (default: runs/audit_NAME) has every tens
 success, whatever the verdict; 1 a process failed; 2 a mistake in flags, config, data or workdir.
 """
 
-import functools
 import json
 import pathlib
 import subprocess
@@ -30,16 +29,16 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from zerojax import cli, data, determinism, kernels, noise, records, step_audit, symmetry, train
-from zerojax import config as config_lib
+from zerojax import cli, data, determinism, kernels, noise, prepare, records, step_audit
 from zerojax.errors import RunError, UsageError
 from zerojax.precision import numbers_of
+from zerojax.program import Program, Source, compile_inspection, scalars_of, symmetric
 
 Flat = dict[str, np.ndarray]
 
 
-def prepare(config: ConfigDict) -> tuple[ConfigDict, data.Dataset]:
-    """The config to audit, resolved and without perturbation, and its data.
+def prepare_step(config: ConfigDict) -> Program:
+    """The program of the config to audit, resolved and without perturbation.
 
     Raises:
         UsageError: config or data are wrong, or the mode cannot be granted here.
@@ -50,31 +49,27 @@ def prepare(config: ConfigDict) -> tuple[ConfigDict, data.Dataset]:
         config.dataset.train_split,
         config.dataset.eval_split,
     )
-    config = train.resolve(config, dataset)
-    train.check_backend(config.determinism.mode)
-    train.check_layers(config, jax.eval_shape(lambda: train.new_state(config, dataset)).params)
-    train.check_initial_weights(config, dataset)
+    config = prepare.resolve(config, dataset)
+    prepare.check_backend(config.determinism.mode)
+    program = Program(config, dataset)
+    params = program.initial_state(scalars_of(config)).params
+    prepare.check_layers(config, params)
+    prepare.check_initial_weights(config, params, program)
     config.perturbation.kind = 'none'
-    return config, dataset
+    return Program(config, dataset)
 
 
-def compile_step(
-    config: ConfigDict, dataset: data.Dataset, orbits: symmetry.Orbits | None
-) -> step_audit.CompiledStep:
-    """The config's step at symmetric weights, compiled afresh."""
-    model = config_lib.build_model(config, dataset.num_classes)
-    jit = functools.partial(determinism.jit_in_mode, mode=config.determinism.mode)
-    state = jit(lambda: train.new_state(config, dataset))()
-    state = step_audit.symmetric_state(state, model, train.build_optimizer(config), orbits)
-    epoch_order = jit(functools.partial(data.epoch_order, num_examples=len(dataset.train.labels)))
-    order = epoch_order(state.keys['order'], 0)
-    examples = {'image': dataset.train.images, 'label': dataset.train.labels}
-    source = jax.device_put((examples, order))
+def compile_step(program: Program) -> step_audit.CompiledStep:
+    """The program's step at symmetric weights, compiled afresh."""
+    program = Program(program.config, program.dataset)
+    scalars = scalars_of(program.config)
+    state = symmetric(program, program.initial_state(scalars))
+    order = program.epoch_order(state.keys['order'], 0)
+    source = Source(program.examples, order, scalars)
     with noise.no_compilation_cache():
-        train_steps = train.build_train_steps(config, dataset.num_classes, orbits)
         return step_audit.CompiledStep(
-            train_steps.lower(state, source, np.int32(1)).compile(),
-            train.compile_inspection(config, dataset.num_classes, state, source),
+            program.compile_train_steps(state, source),
+            compile_inspection(program, state, source),
             state,
             source,
         )
@@ -116,13 +111,12 @@ def audit(
     """Measures everything; `argv` is the command line that fresh processes are started with.
 
     Raises:
-        UsageError, RunError: as `prepare` and `in_fresh_processes`.
+        UsageError, RunError: as `prepare_step` and `in_fresh_processes`.
     """
     # Before this process takes the device: a GPU's memory, or a TPU, may not be shared.
     files = in_fresh_processes(argv, folder, processes)
-    config, dataset = prepare(config)
-    orbits = train.build_orbits(config, dataset)
-    compiled = compile_step(config, dataset, orbits)
+    program = prepare_step(config)
+    compiled = compile_step(program)
     first = compiled.run()
     flat = noise.flatten(first)
 
@@ -134,7 +128,7 @@ def audit(
     def recompiled() -> Iterator[Any]:
         yield flat
         for _ in range(compilations - 1):
-            yield noise.flatten(compile_step(config, dataset, orbits).run())
+            yield noise.flatten(compile_step(program).run())
 
     def elsewhere() -> Iterator[Any]:
         yield flat
@@ -150,9 +144,9 @@ def audit(
         compared[step_audit.PROCESSES] = 1 + processes
         floors[step_audit.PROCESSES] = noise.noise_floor(elsewhere())
 
-    axes = config_lib.build_model(config, dataset.num_classes).feature_axes()
+    axes, orbits = program.model.feature_axes(), program.orbits
     features = kernels.equal_features_of(first, axes['params'], orbits)
-    if new_state_shows_kernels(config):
+    if new_state_shows_kernels(program.config):
         for kind in ('params', 'batch_stats'):
             found = kernels.equal_features(first['new state'][kind], axes[kind], orbits)
             features |= {f'new_{kind}/{name}': spread for name, spread in found.items()}
@@ -199,8 +193,7 @@ def run(argv: list[str]) -> None:
     config, workdir = cli.parse_flags(argv, prefix='audit_')
     if tensors_to is not None:
         with numbers_of(config.param_dtype):
-            config, dataset = prepare(config)
-            compiled = compile_step(config, dataset, train.build_orbits(config, dataset))
+            compiled = compile_step(prepare_step(config))
             tensors: Any = noise.flatten(compiled.run())
         np.savez(tensors_to, **tensors)
         return

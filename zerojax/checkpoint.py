@@ -1,6 +1,8 @@
 """Orbax checkpoints of all that decides the next step."""
 
+import hashlib
 import pathlib
+import shutil
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -13,6 +15,16 @@ from zerojax.errors import RunError
 from zerojax.step import TrainState
 
 KEEP = 3  # newest checkpoints that are kept
+
+
+def state_sha256(state: TrainState) -> str:
+    """Over the bytes of all arrays of a state, in the order of its leaves."""
+    digest = hashlib.sha256()
+    for x in jax.tree.leaves(state):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x = jax.random.key_data(x)
+        digest.update(np.ascontiguousarray(jax.device_get(x)).tobytes())
+    return digest.hexdigest()
 
 
 class Checkpoints:
@@ -61,9 +73,8 @@ class Checkpoints:
         if step == self.latest_step:
             return
         copied = jax.tree.map(jnp.copy, state)
-        self._checkpointer.save_async(
-            step, copied, force=True, custom_metadata={'seconds': seconds}
-        )
+        metadata = {'seconds': seconds, 'sha256': state_sha256(copied)}
+        self._checkpointer.save_async(step, copied, force=True, custom_metadata=metadata)
 
     @property
     def steps(self) -> list[int]:
@@ -89,17 +100,14 @@ class Checkpoints:
             with ocp.Context(pytree_options=partial):
                 return self._checkpointer.load(step, abstract_state=abstract)
         except Exception as error:  # Orbax and TensorStore raise many kinds
-            raise self._unreadable(step, error) from error
+            raise self._unreadable(step, type(error).__name__) from error
 
-    def _unreadable(self, step: int | None, error: Exception) -> RunError:
+    def _unreadable(self, step: int, reason: str) -> RunError:
         folder = self._checkpointer.directory / str(step)
-        return RunError(
-            f'checkpoint {folder} cannot be read ({type(error).__name__}); remove that folder '
-            'to resume from the one before it'
-        )
+        return RunError(f'checkpoint {folder} is damaged ({reason})')
 
-    def restore(self, like: TrainState) -> tuple[TrainState, float]:
-        """The newest checkpoint as (state, seconds run so far), placed as `like` is.
+    def restore(self, step: int, like: TrainState) -> tuple[TrainState, float]:
+        """The checkpoint of `step` as (state, seconds run so far), placed as `like` is.
 
         Raises:
             RunError: it is damaged.
@@ -108,11 +116,29 @@ class Checkpoints:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
         )
         try:
-            state = self._checkpointer.load(abstract_state=abstract)
-            seconds = self._checkpointer.metadata().custom_metadata['seconds']
+            state = self._checkpointer.load(step, abstract_state=abstract)
+            metadata = self._checkpointer.metadata(step).custom_metadata
+            seconds, digest = float(metadata['seconds']), metadata['sha256']
         except Exception as error:  # Orbax and TensorStore raise many kinds
-            raise self._unreadable(self.latest_step, error) from error
+            raise self._unreadable(step, type(error).__name__) from error
+        if state_sha256(state) != digest:
+            raise self._unreadable(step, 'its bytes are not those that were saved')
         return state, seconds
+
+    def set_aside(self, step: int) -> pathlib.Path:
+        """Moves the checkpoint of `step` out of the way; the folder that it is in then."""
+        folder = pathlib.Path(self._checkpointer.directory)
+        aside = folder.with_name('damaged_checkpoints') / str(step)
+        if aside.exists():
+            shutil.rmtree(aside)
+        aside.parent.mkdir(exist_ok=True)
+        (folder / str(step)).rename(aside)
+        self._checkpointer.reload()
+        return aside
+
+    def delete(self, step: int) -> None:
+        """Removes the checkpoint of `step`."""
+        self._checkpointer.delete(step)
 
     def wait(self) -> None:
         """Returns when every checkpoint is on disk; raises what went wrong in the background."""

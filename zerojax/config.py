@@ -48,6 +48,7 @@ def default_config() -> ConfigDict:
     config.model.dropout_at = 'blocks'  # or 'stem': behind constnet's stem only
     config.model.shortcut = 'post_relu'  # as the paper's code; or 'pre_relu'
     config.model.convolution = 'direct'  # or 'patches', a matrix product: fast on CPUs at 8x8
+    config.model.dtype = config_dict.placeholder(str)  # 'bfloat16': mixed precision; null: none
 
     config.dataset = ConfigDict()
     config.dataset.name = ''
@@ -200,7 +201,7 @@ def check(config: ConfigDict) -> None:
     for field in sorted(expected.keys() - given.keys()):
         raise UsageError(f'{field}: missing; start from zerojax.config.default_config()')
     for field, value in given.items():
-        _check_type(field, value, expected[field], optional=field in _OPTIONAL)
+        _check_type(field, value, expected[field])
         if field in RULES and value is not None:
             allowed, text = RULES[field]
             try:
@@ -241,14 +242,21 @@ _OPTIONAL = {
     'dataset.data_dir': str,
     'perturbation.every': int,
     'model.sigma_w': float,
+    'model.dtype': str,
     'model.unique_features': int,
 }
 
 
-def _check_type(field: str, value: Any, default: Any, optional: bool) -> None:
-    if optional and value is None:
+def type_of(field: str) -> type:
+    """Type of a dotted field's values; fields that may be None as well are not told apart."""
+    default = flatten_dict(default_config().to_dict(), sep='.')[field]
+    return _OPTIONAL.get(field, type(default))
+
+
+def _check_type(field: str, value: Any, default: Any) -> None:
+    if field in _OPTIONAL and value is None:
         return
-    kind = _OPTIONAL[field] if optional else type(default)
+    kind = _OPTIONAL.get(field, type(default))
     if type(value) is not kind:
         raise UsageError(f'{field}={value!r}: must be of type {kind.__name__}')
     if isinstance(value, tuple) and not all(type(each) in (int, float) for each in value):
@@ -300,13 +308,17 @@ def build_model(config: ConfigDict, num_classes: int) -> models.Network:
         raise UsageError(f'model.{error}') from error
 
 
-def build_perturbation(config: ConfigDict) -> perturb.Perturbation:
-    """The config's perturbation.
+def build_perturbation(
+    config: ConfigDict, scale: perturb.Scale | None = None
+) -> perturb.Perturbation:
+    """The config's perturbation, with another scale if one is given.
 
     Raises:
         UsageError: names the field of `config.perturbation` that is wrong.
     """
     fields = {name: value for name, value in config.perturbation.items() if name != 'seed'}
+    if scale is not None:
+        fields['scale'] = scale
     try:
         return perturb.Perturbation(**fields)
     except ValueError as error:

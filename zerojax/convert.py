@@ -23,10 +23,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from zerojax import cli, data, interop, models, torch_checkpoint, train
+from zerojax import cli, data, interop, models, prepare, torch_checkpoint
 from zerojax import config as config_lib
 from zerojax.checkpoint import Checkpoints
 from zerojax.errors import UsageError
+from zerojax.program import new_state, scalars_of
 from zerojax.workdir import Workdir
 
 
@@ -39,7 +40,7 @@ def from_torch(file: pathlib.Path, argv: list[str]) -> None:
         config.dataset.train_split,
         config.dataset.eval_split,
     )
-    config = train.resolve(config, dataset)
+    config = prepare.resolve(config, dataset)
     model = config_lib.build_model(config, dataset.num_classes)
     arrays = torch_checkpoint.read(file)
     if config.pruning.source:
@@ -50,9 +51,9 @@ def from_torch(file: pathlib.Path, argv: list[str]) -> None:
     remains = ('config.json', 'manifest.json', 'metrics.jsonl', 'checkpoints')
     if any((workdir / name).exists() for name in remains):
         raise UsageError(f'--workdir={workdir}: holds a run already; name another folder')
-    train.check_backend(config.determinism.mode)
-    state = jax.jit(functools.partial(train.new_state, config, dataset))()
-    train.check_layers(config, state.params)
+    prepare.check_backend(config.determinism.mode)
+    state = jax.jit(functools.partial(new_state, config, dataset))(scalars_of(config))
+    prepare.check_layers(config, state.params)
     try:
         variables = interop.from_reference(arrays, model)
     except ValueError as error:
@@ -68,7 +69,7 @@ def from_torch(file: pathlib.Path, argv: list[str]) -> None:
     print(f'{workdir}: step 0 has the weights of {file}')
 
 
-def _check_shapes(file: pathlib.Path, theirs: train.Tree, ours: train.Tree) -> None:
+def _check_shapes(file: pathlib.Path, theirs: Any, ours: Any) -> None:
     """The parts of a shape that `from_reference` cannot know: the images' channels."""
     for (path, a), b in zip(
         jax.tree_util.tree_flatten_with_path(theirs)[0], jax.tree.leaves(ours), strict=True
@@ -83,7 +84,7 @@ def to_torch(file: pathlib.Path, argv: list[str]) -> None:
     if len(argv) != 2 or not argv[1].startswith('--workdir='):
         raise UsageError('command line: to-torch FILE.pth.tar --workdir=DIR')
     workdir = pathlib.Path(argv[1].removeprefix('--workdir='))
-    if not train.has_checkpoint(workdir):
+    if not prepare.has_checkpoint(workdir):
         raise UsageError(f'--workdir={workdir}: holds no checkpoint')
     with Checkpoints(workdir / 'checkpoints', read_only=True) as checkpoints:
         step = checkpoints.steps[-1]

@@ -1,4 +1,8 @@
-"""What is measured at an evaluation: loss and accuracy on the held-out set, and every layer."""
+"""What is measured at an evaluation: loss and accuracy on the held-out set, and every layer.
+
+`for_all_runs` lifts a pure function of a run's variables, as `jax.vmap` does, where several runs
+are computed at once; what is returned then has a leading axis [R].
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,20 +16,25 @@ from zerojax import config as config_lib
 from zerojax import data, determinism, metrics
 from zerojax.models import Network
 from zerojax.records import Record
-from zerojax.step import TrainState, cross_entropy, make_eval_step
+from zerojax.step import TrainState, cross_entropy, eval_step_function
 
 EVAL_BATCH_SIZE = 500
 
 
+def one_run(function: Any, in_axes: Any = 0) -> Any:
+    """The `for_all_runs` of a single run."""
+    del in_axes
+    return function
+
+
 def make_evaluation(
-    config: ConfigDict, dataset: data.Dataset, model: Network
-) -> Callable[[TrainState], dict[str, float]]:
+    config: ConfigDict, dataset: data.Dataset, model: Network, for_all_runs: Any = one_run
+) -> Callable[[TrainState], dict[str, Any]]:
     """A function state -> {'loss', 'accuracy'}, means over the whole held-out set."""
     mean, std = (np.array(x, np.float32) for x in (config.dataset.mean, config.dataset.std))
-    eval_step = make_eval_step(
-        model,
-        lambda images: data.normalize(images, mean, std),
-        determinism=config.determinism.mode,
+    eval_step = eval_step_function(model, lambda images: data.normalize(images, mean, std))
+    eval_step = determinism.jit_in_mode(
+        for_all_runs(eval_step, (0, None, None)), config.determinism.mode
     )
     split = dataset.eval
     size = min(EVAL_BATCH_SIZE, len(split.labels))
@@ -37,20 +46,22 @@ def make_evaluation(
         for i in range(0, len(labels), size)
     ]
 
-    def evaluate(state: TrainState) -> dict[str, float]:
+    def evaluate(state: TrainState) -> dict[str, Any]:
         variables = {'params': state.params, 'batch_stats': state.batch_stats}
         sums = jax.device_get([eval_step(variables, *batch) for batch in batches])
-        loss = sum(float(each['loss']) for each in sums)
-        correct = sum(int(each['correct']) for each in sums)
+        loss, correct = (
+            np.sum([each[name] for each in sums], axis=0, dtype=np.float64)
+            for name in ('loss', 'correct')
+        )
         return {'loss': loss / len(split.labels), 'accuracy': correct / len(split.labels)}
 
     return evaluate
 
 
 def make_layer_measurement(
-    config: ConfigDict, dataset: data.Dataset
-) -> Callable[[TrainState], Record]:
-    """A function state -> what the 'layers' lines of metrics.jsonl hold.
+    config: ConfigDict, dataset: data.Dataset, for_all_runs: Any = one_run
+) -> Callable[[TrainState], Any]:
+    """A function state -> what the 'layers' lines of metrics.jsonl hold, as arrays on the host.
 
     Activations and gradients are those of the mean loss over the first batch_size training images,
     neither shuffled nor augmented, normalised by that batch and without dropout.
@@ -78,11 +89,19 @@ def make_layer_measurement(
         outputs = metrics.layer_outputs(loss, model.layers())
         return metrics.of_kernels(params) | metrics.of_layer_outputs(*outputs)
 
-    measure = determinism.jit_in_mode(measure, config.determinism.mode)
+    measure = determinism.jit_in_mode(
+        for_all_runs(measure, (0, 0, None, None)), config.determinism.mode
+    )
 
-    def measure_layers(state: TrainState) -> Record:
-        measured = jax.device_get(measure(state.params, state.batch_stats, images, labels))
-        # Only the diversity can be infinite, where features are identical; JSON knows no infinity.
-        return jax.tree.map(lambda x: x.item() if np.isfinite(x) else None, measured)
+    def measure_layers(state: TrainState) -> Any:
+        return jax.device_get(measure(state.params, state.batch_stats, images, labels))
 
     return measure_layers
+
+
+def as_record(measured: Any) -> Record:
+    """One run's measurements of its layers, as JSON takes them.
+
+    Only the diversity can be infinite, where features are identical; JSON knows no infinity.
+    """
+    return jax.tree.map(lambda x: x.item() if np.isfinite(x) else None, measured)

@@ -44,20 +44,22 @@ def convolve_patches(x_BxHxWxC: jax.Array, kernel: jax.Array, stride: int) -> ja
 
 
 class Conv(nn.Module):
-    """Square convolution without bias; computes in the dtype of its kernel."""
+    """Square convolution without bias; computes in `dtype`, None: in that of its kernel."""
 
     features: int
     kernel_size: int
     stride: int
     kernel_init: nn.initializers.Initializer
     convolution: str
+    dtype: str | None
 
     @nn.compact
     def __call__(self, x_BxHxWxC: jax.Array) -> jax.Array:
         shape = (self.kernel_size, self.kernel_size, x_BxHxWxC.shape[-1], self.features)
         kernel = self.param('kernel', self.kernel_init, shape, jnp.float32)
         convolve = {'direct': convolve_direct, 'patches': convolve_patches}[self.convolution]
-        return convolve(x_BxHxWxC.astype(kernel.dtype), kernel, self.stride)
+        dtype = self.dtype or kernel.dtype
+        return convolve(x_BxHxWxC.astype(dtype), kernel.astype(dtype), self.stride)
 
 
 class Linear(nn.Module):
@@ -75,9 +77,19 @@ class Linear(nn.Module):
         return x_BxC.astype(kernel.dtype) @ kernel + bias[None, :]
 
 
-def batch_norm(train: bool, name: str) -> nn.BatchNorm:
-    """The paper's BatchNorm: epsilon 1e-5, running averages that keep 0.9 a step."""
-    return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, name=name)
+def batch_norm(train: bool, dtype: str | None, name: str) -> nn.BatchNorm:
+    """The paper's BatchNorm: epsilon 1e-5, running averages that keep 0.9 a step.
+
+    Statistics are computed in float32 or better; what it returns is rounded to `dtype`.
+    """
+    return nn.BatchNorm(
+        use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, name=name
+    )
+
+
+def mean_over_space(x_BxHxWxC: jax.Array, dtype: str | None) -> jax.Array:
+    """[B, C] for the head; float32 where the layers before it compute in a `dtype` of their own."""
+    return jnp.mean(x_BxHxWxC.astype(jnp.float32) if dtype else x_BxHxWxC, axis=(1, 2))
 
 
 class Scalar(nn.Module):

@@ -17,12 +17,11 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from flax.core import FrozenDict
 from jax.nn.initializers import Initializer, delta_orthogonal, he_normal, zeros
 
 from zerojax import initializers
-from zerojax.layers import CONVOLUTIONS, Conv, Linear, Scalar, batch_norm
+from zerojax.layers import CONVOLUTIONS, Conv, Linear, Scalar, batch_norm, mean_over_space
 from zerojax.wide_resnet import WideResNet
 
 CONSTNET_INITS = ('averaging', 'random', 'he', 'delta_orthogonal', 'hadamard')
@@ -30,6 +29,7 @@ MLP_INITS = ('averaging', 'random')
 WIDE_RESNET_INITS = ('he', 'fixup')
 SHORTCUTS = ('post_relu', 'pre_relu')
 DROPOUT_PLACES = ('blocks', 'stem')
+DTYPES = (None, 'bfloat16')
 
 
 def constnet_kernels(init: str, sigma_w: float) -> tuple[Initializer, Initializer, Initializer]:
@@ -76,22 +76,20 @@ class ConstNetBlock(nn.Module):
     dropout: float
     shortcut: str | None
     convolution: str
+    dtype: str | None
 
     @nn.compact
     def __call__(self, x_BxHxWxC: jax.Array, train: bool) -> jax.Array:
-        normalized = batch_norm(train, name='bn')(x_BxHxWxC)
+        normalized = batch_norm(train, self.dtype, name='bn')(x_BxHxWxC)
         y = nn.relu(normalized)
-        out = Conv(self.features, 3, self.stride, self.kernel_init, self.convolution, name='conv')(
-            y
-        )
+        how = self.convolution, self.dtype
+        out = Conv(self.features, 3, self.stride, self.kernel_init, *how, name='conv')(y)
         if self.dropout > 0:
             out = nn.Dropout(self.dropout, deterministic=not train)(out)
         if self.shortcut is None:
             return x_BxHxWxC + out
         source = y if self.shortcut == 'post_relu' else normalized
-        shortcut = Conv(
-            self.features, 1, self.stride, self.shortcut_init, self.convolution, name='shortcut'
-        )
+        shortcut = Conv(self.features, 1, self.stride, self.shortcut_init, *how, name='shortcut')
         return shortcut(source) + out
 
 
@@ -99,8 +97,9 @@ class ConstNet(nn.Module):
     """Pre-activation residual network of one convolution a block; build it with `create`.
 
     Called on images [B, H, W, C] of any float dtype, it returns logits [B, num_classes]; all
-    arithmetic is in the dtype of the parameters. With `train=True` it normalises by the batch,
-    needs `mutable=['batch_stats']`, and with `dropout` > 0 also `rngs={'dropout': key}`.
+    arithmetic is in the dtype of the parameters, but for `dtype`, see `create`. With `train=True`
+    it normalises by the batch, needs `mutable=['batch_stats']`, and with `dropout` > 0 also
+    `rngs={'dropout': key}`.
 
     `feature_counts` gives the number of features of an axis name where it is not the usual one, as
     in the small network of `zerojax.quotient`.
@@ -115,6 +114,7 @@ class ConstNet(nn.Module):
     dropout_at: str = 'blocks'
     shortcut: str = 'post_relu'
     convolution: str = 'direct'
+    dtype: str | None = None
     feature_counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -150,7 +150,8 @@ class ConstNet(nn.Module):
     def __call__(self, images_BxHxWxC: jax.Array, train: bool) -> jax.Array:
         stem_init, kernel_init, shortcut_init = constnet_kernels(self.weight_init, self.sigma_w)
         features = self.feature_counts.get('stem', 16)
-        x = Conv(features, 3, 1, stem_init, self.convolution, name='stem')(images_BxHxWxC)
+        stem = Conv(features, 3, 1, stem_init, self.convolution, self.dtype, name='stem')
+        x = stem(images_BxHxWxC)
         if self.dropout > 0 and self.dropout_at == 'stem':
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
         for (name, features, stride), (source, stream) in zip(
@@ -164,10 +165,11 @@ class ConstNet(nn.Module):
                 self.dropout if self.dropout_at == 'blocks' else 0.0,
                 None if source == stream else self.shortcut,
                 self.convolution,
+                self.dtype,
                 name=name,
             )
             x = block(x, train)
-        x_BxC = jnp.mean(nn.relu(x), axis=(1, 2))
+        x_BxC = mean_over_space(nn.relu(x), self.dtype)
         return nn.Dense(self.num_classes, kernel_init=zeros, name='head')(x_BxC)
 
     def feature_axes(self) -> dict[str, Any]:
@@ -202,17 +204,17 @@ class LeakyNetBlock(nn.Module):
     normalize: bool
     dropout: float
     convolution: str
+    dtype: str | None
 
     @nn.compact
     def __call__(self, x_BxHxWxC: jax.Array, train: bool) -> jax.Array:
-        shifted = x_BxHxWxC + Scalar(0.0, 'bias', name='shift')()
-        convolution = Conv(
-            self.features, 3, self.stride, self.kernel_init, self.convolution, name='conv'
-        )
+        shifted = x_BxHxWxC + Scalar(0.0, 'bias', name='shift')().astype(x_BxHxWxC.dtype)
+        how = self.convolution, self.dtype
+        convolution = Conv(self.features, 3, self.stride, self.kernel_init, *how, name='conv')
         out = nn.leaky_relu(convolution(shifted), self.negative_slope)
         if self.dropout > 0:
             out = nn.Dropout(self.dropout, deterministic=not train)(out)
-        return batch_norm(train, name='bn')(out) if self.normalize else out
+        return batch_norm(train, self.dtype, name='bn')(out) if self.normalize else out
 
 
 class LeakyNet(nn.Module):
@@ -231,6 +233,7 @@ class LeakyNet(nn.Module):
     negative_slope: float = 0.01
     dropout: float = 0.0
     convolution: str = 'direct'
+    dtype: str | None = None
     feature_counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -256,7 +259,8 @@ class LeakyNet(nn.Module):
         stem_letter, *letters = list(self.weight_init.replace('_', ''))
         stem_init = initializers.lettered(stem_letter, None, self.negative_slope)
         features = self.feature_counts.get('stem', 16)
-        x = Conv(features, 3, 1, stem_init, self.convolution, name='stem')(images_BxHxWxC)
+        stem = Conv(features, 3, 1, stem_init, self.convolution, self.dtype, name='stem')
+        x = stem(images_BxHxWxC)
         for i, (name, features, stride) in enumerate(self.blocks()):
             block = LeakyNetBlock(
                 self.feature_counts.get(name, features),
@@ -266,10 +270,11 @@ class LeakyNet(nn.Module):
                 i % 2 == 1,
                 self.dropout,
                 self.convolution,
+                self.dtype,
                 name=name,
             )
             x = block(x, train)
-        x_BxC = jnp.mean(nn.leaky_relu(x, self.negative_slope), axis=(1, 2))
+        x_BxC = mean_over_space(nn.leaky_relu(x, self.negative_slope), self.dtype)
         return nn.Dense(self.num_classes, kernel_init=zeros, name='head')(x_BxC)
 
     def feature_axes(self) -> dict[str, Any]:
@@ -351,6 +356,7 @@ def create(
     negative_slope: float = 0.01,
     unique_features: int | None = None,
     convolution: str = 'direct',
+    dtype: str | None = None,
 ) -> Network:
     """Builds a network.
 
@@ -376,6 +382,9 @@ def create(
         unique_features: of 'mlp' with init 'random', from 1 to `width` (default: all).
         convolution: how a convolution is computed: 'direct' (XLA's convolution) or 'patches' (one
             matrix product). Equal up to rounding; which is faster depends on size and device.
+        dtype: 'bfloat16' is mixed precision: convolutions and activations in bfloat16, but
+            parameters, statistics of BatchNorm, head and loss in float32. None: all in the dtype
+            of the parameters. 'mlp' has no use for it.
 
     Raises:
         ValueError: names the argument, its value and what is allowed.
@@ -388,6 +397,7 @@ def create(
     }
     for argument, (text, choices) in allowed.items():
         _require(text in choices, argument, text, f'must be one of {", ".join(choices)}')
+    _require(dtype in DTYPES, 'dtype', dtype, 'must be None or bfloat16')
     _require(1 <= width <= 2**20, 'width', width, f'must be from 1 to {2**20}')
     _require(num_classes >= 1, 'num_classes', num_classes, 'must be at least 1')
     _require(0 <= dropout < 1, 'dropout', dropout, 'must be at least 0 and below 1')
@@ -402,6 +412,7 @@ def create(
         'sigma_w': (sigma_w, None, name == 'constnet' and init in ('averaging', 'random')),
         'negative_slope': (negative_slope, 0.01, name == 'leakynet'),
         'unique_features': (unique_features, None, name == 'mlp' and init == 'random'),
+        'dtype': (dtype, None, name != 'mlp'),
     }
     for argument, (value, default, used) in optional.items():
         useless = f'{name} with init {init!r} has no use for it; leave it at {default!r}'
@@ -420,17 +431,19 @@ def create(
     if name == 'wideresnet':
         choices = WIDE_RESNET_INITS
         _require(init in choices, 'init', init, f'must be one of {", ".join(choices)}')
-        return WideResNet(depth, width, num_classes, init, dropout, convolution)
+        return WideResNet(depth, width, num_classes, init, dropout, convolution, dtype)
     if name == 'leakynet':
         _check_letters(init, depth)
-        return LeakyNet(depth, width, num_classes, init, negative_slope, dropout, convolution)
+        return LeakyNet(
+            depth, width, num_classes, init, negative_slope, dropout, convolution, dtype
+        )
     choices = CONSTNET_INITS
     _require(init in choices, 'init', init, f'must be one of {", ".join(choices)}')
     if sigma_w is None:
         sigma_w = 1.0 if init == 'random' else 0.0
     _require(0 <= sigma_w <= 1e6, 'sigma_w', sigma_w, 'must be from 0 to 1e6')
     return ConstNet(
-        depth, width, num_classes, init, sigma_w, dropout, dropout_at, shortcut, convolution
+        depth, width, num_classes, init, sigma_w, dropout, dropout_at, shortcut, convolution, dtype
     )
 
 

@@ -7,9 +7,11 @@ import jax
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+Number = float | jax.Array  # may be traced, so that runs share an executable
+
 
 def step_schedule(
-    learning_rate: float, num_steps: int, drop_at: tuple[float, ...], drop_factor: float
+    learning_rate: Number, num_steps: int, drop_at: tuple[float, ...], drop_factor: float
 ) -> optax.Schedule:
     """The learning rate of update number n (from 0).
 
@@ -25,7 +27,7 @@ def step_schedule(
 
 
 def sgd(
-    schedule: optax.Schedule, momentum: float, nesterov: bool, weight_decay: float
+    schedule: optax.Schedule, momentum: Number, nesterov: bool, weight_decay: Number
 ) -> optax.GradientTransformation:
     """SGD as PyTorch computes it: weight_decay · w joins the gradient of every weight."""
     return optax.chain(
@@ -35,7 +37,7 @@ def sgd(
 
 
 def radam(
-    schedule: optax.Schedule, b1: float, b2: float, weight_decay: float
+    schedule: optax.Schedule, b1: float, b2: float, weight_decay: Number
 ) -> optax.GradientTransformation:
     """RAdam (Liu et al., "On the Variance of the Adaptive Learning Rate and Beyond", 2020).
 

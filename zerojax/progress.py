@@ -1,4 +1,4 @@
-"""What a run shows while it runs."""
+"""What is shown while runs are trained."""
 
 import sys
 import time
@@ -8,26 +8,35 @@ import tqdm
 
 
 class Progress:
-    """A progress bar on a terminal; a plain line for each evaluation elsewhere."""
+    """One progress bar for all runs on a terminal; a plain line for each evaluation elsewhere."""
 
-    def __init__(self, step: int, num_steps: int) -> None:
+    def __init__(self, num_steps: int) -> None:
+        """`num_steps` are those of all runs together."""
         self._num_steps = num_steps
-        self._bar = tqdm.tqdm(
-            initial=step, total=num_steps, unit='step', disable=not sys.stderr.isatty()
-        )
-        self._start_step, self._start = step, time.monotonic()
+        self._bar = tqdm.tqdm(total=num_steps, unit='step', disable=not sys.stderr.isatty())
+        self._done = 0
+        self.start_clock()
 
-    def start_clock(self, step: int) -> None:
+    def start_clock(self) -> None:
         """Measures speed and time left from here on, so that compilation does not count."""
-        self._start_step, self._start = step, time.monotonic()
+        self._start_done, self._start = self._done, time.monotonic()
         self._bar.unpause()
 
-    def update(self, step: int, **values: float) -> None:
-        """Moves to `step` and shows the values."""
+    def skip(self, steps: int) -> None:
+        """Counts steps that were done before, or never will be, and so tell nothing of speed."""
+        self.advance(steps)
+        self._start_done += steps
+
+    def advance(self, steps: int) -> None:
+        """Counts steps that were done now."""
+        self._done += steps
+        self._bar.update(steps)
+
+    def show(self, **values: float) -> None:
+        """Shows the values beside the bar."""
         self._bar.set_postfix(
             {name: f'{value:.3g}' for name, value in values.items()}, refresh=False
         )
-        self._bar.update(step - self._bar.n)
 
     def say(self, message: str) -> None:
         """Prints a line without disturbing the bar."""
@@ -36,15 +45,15 @@ class Progress:
         else:
             self._bar.write(message)
 
-    def evaluated(self, step: int, **values: float) -> None:
-        """Shows an evaluation; in a plain line also the speed and the time left."""
+    def evaluated(self, where: str, **values: float) -> None:
+        """Shows an evaluation `where` it was made; in a plain line also speed and time left."""
         shown = '  '.join(f'{name} {value:.4g}' for name, value in values.items())
         speed = ''
-        if step > self._start_step:
-            per_step = (time.monotonic() - self._start) / (step - self._start_step)
-            left = (self._num_steps - step) * per_step
+        if self._done > self._start_done:
+            per_step = (time.monotonic() - self._start) / (self._done - self._start_done)
+            left = (self._num_steps - self._done) * per_step
             speed = f'  {1 / per_step:.1f} steps/s  {left:.0f} s left'
-        self.say(f'step {step}/{self._num_steps}  {shown}{speed}')
+        self.say(f'{where}  {shown}{speed}')
 
     def __enter__(self) -> Self:
         return self

@@ -1,5 +1,6 @@
 """What a run writes beside checkpoints and figures: manifest, metrics, hashes."""
 
+import csv
 import datetime
 import hashlib
 import importlib.metadata
@@ -34,6 +35,14 @@ def write_json(path: pathlib.Path, value: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
+
+
+def write_csv(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
+    """Writes rows of the same columns."""
+    with open(path, 'w', newline='') as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def environment() -> Record:

@@ -232,21 +232,17 @@ def make_train_step(
 
 
 def make_train_steps(
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
-    make_batch: Callable[[TrainState, Tree], Batch],
+    one_step: Callable[[TrainState, Tree], tuple[TrainState, Metrics]],
     *,
     determinism: str,
     steps_per_call: int,
 ) -> Any:
     """Several train steps in one dispatch: jitted (state, data, count) -> (state, last metrics).
 
-    `make_batch(state, data)` makes the batch of the state's step. `count` (int32 [], between 1 and
-    `steps_per_call`) is a traced number, so all counts share one executable and one arithmetic.
-    The state's buffers are donated.
+    `one_step(state, data)` is pure and returns the next state and the step's metrics. `count`
+    (int32 [], between 1 and `steps_per_call`) is a traced number, so all counts share one
+    executable and one arithmetic. The state's buffers are donated.
     """
-
-    def one_step(state: TrainState, data: Tree) -> tuple[TrainState, Metrics]:
-        return train_step(state, make_batch(state, data))
 
     def many_steps(state: TrainState, data: Tree, count: jax.Array) -> tuple[TrainState, Metrics]:
         shapes = jax.eval_shape(one_step, state, data)[1]
@@ -264,10 +260,10 @@ def make_train_steps(
     return jit_in_mode(steps, determinism, donate_argnums=0)
 
 
-def make_eval_step(
-    model: Network, preprocess: Callable[[jax.Array], jax.Array], *, determinism: str
+def eval_step_function(
+    model: Network, preprocess: Callable[[jax.Array], jax.Array]
 ) -> Callable[[Tree, jax.Array, jax.Array], Metrics]:
-    """A jitted (variables, images [B, H, W, C], labels int32 [B]) -> sums over the batch.
+    """A pure (variables, images [B, H, W, C], labels int32 [B]) -> sums over the batch.
 
     `preprocess` turns the images into what the model takes. Labels below 0 mark padding. The sums
     are 'loss' (nats, float []) and 'correct' (int32 []).
@@ -284,4 +280,4 @@ def make_eval_step(
             'correct': jnp.sum(correct_B, dtype=jnp.int32),
         }
 
-    return jit_in_mode(eval_step, determinism)
+    return eval_step

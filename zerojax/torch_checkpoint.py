@@ -1,6 +1,7 @@
 """Checkpoints of the paper's PyTorch code: `.pth.tar` files, in and out. Needs PyTorch."""
 
 import pathlib
+import warnings
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,9 @@ def read(path: pathlib.Path) -> dict[str, np.ndarray]:
     """
     torch = _torch(path)
     try:
-        loaded = torch.load(path, map_location='cpu', weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of tensors that are refused below, with their name
+            loaded = torch.load(path, map_location='cpu', weights_only=True)
     except OSError as error:
         raise UsageError(f'{path}: cannot be read ({error.strerror})') from error
     except Exception as error:  # pickle, zip and PyTorch errors

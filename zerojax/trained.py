@@ -17,8 +17,8 @@ from zerojax import data, determinism
 from zerojax.checkpoint import Checkpoints
 from zerojax.errors import UsageError
 from zerojax.models import Network
+from zerojax.prepare import has_checkpoint
 from zerojax.records import Record
-from zerojax.train import has_checkpoint
 
 Tree = Any
 Variables = dict[str, Tree]

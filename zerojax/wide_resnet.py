@@ -11,11 +11,10 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax.nn.initializers import he_normal, zeros
 
 from zerojax import initializers
-from zerojax.layers import Conv, Scalar, batch_norm
+from zerojax.layers import Conv, Scalar, batch_norm, mean_over_space
 
 
 class NormalizedBlock(nn.Module):
@@ -25,15 +24,17 @@ class NormalizedBlock(nn.Module):
     stride: int
     dropout: float
     convolution: str
+    dtype: str | None
 
     @nn.compact
     def __call__(self, x_BxHxWxC: jax.Array, train: bool) -> jax.Array:
         def conv(size: int, stride: int, name: str) -> Conv:
-            return Conv(self.features, size, stride, he_normal(), self.convolution, name=name)
+            how = self.convolution, self.dtype
+            return Conv(self.features, size, stride, he_normal(), *how, name=name)
 
-        y = nn.relu(batch_norm(train, name='bn1')(x_BxHxWxC))
+        y = nn.relu(batch_norm(train, self.dtype, name='bn1')(x_BxHxWxC))
         out = conv(3, self.stride, 'conv1')(y)
-        out = nn.relu(batch_norm(train, name='bn2')(out))
+        out = nn.relu(batch_norm(train, self.dtype, name='bn2')(out))
         if self.dropout > 0:
             out = nn.Dropout(self.dropout, deterministic=not train)(out)
         out = conv(3, 1, 'conv2')(out)
@@ -53,14 +54,15 @@ class FixupBlock(nn.Module):
     num_branches: int
     dropout: float
     convolution: str
+    dtype: str | None
 
     @nn.compact
     def __call__(self, x_BxHxWxC: jax.Array, train: bool) -> jax.Array:
         def bias(name: str) -> jax.Array:
-            return Scalar(0.0, 'bias', name=name)()
+            return Scalar(0.0, 'bias', name=name)().astype(x_BxHxWxC.dtype)
 
         def conv(size: int, stride: int, init: nn.initializers.Initializer, name: str) -> Conv:
-            return Conv(self.features, size, stride, init, self.convolution, name=name)
+            return Conv(self.features, size, stride, init, self.convolution, self.dtype, name=name)
 
         y = nn.relu(x_BxHxWxC + bias('bias1a'))
         first_init = initializers.fixup(self.num_branches)
@@ -69,7 +71,8 @@ class FixupBlock(nn.Module):
         if self.dropout > 0:
             out = nn.Dropout(self.dropout, deterministic=not train)(out)
         out = conv(3, 1, zeros, 'conv2')(out + bias('bias2b'))
-        out = out * Scalar(1.0, 'scale', name='multiplier')() + bias('bias2c')
+        multiplier = Scalar(1.0, 'scale', name='multiplier')().astype(out.dtype)
+        out = out * multiplier + bias('bias2c')
         if x_BxHxWxC.shape[-1] == self.features:
             return x_BxHxWxC + out
         return conv(1, self.stride, he_normal(), 'shortcut')(y) + out
@@ -88,6 +91,7 @@ class WideResNet(nn.Module):
     weight_init: str = 'he'
     dropout: float = 0.0
     convolution: str = 'direct'
+    dtype: str | None = None
 
     def blocks(self) -> Iterator[tuple[str, int, int]]:
         """Name, number of output features and stride of each block, in order."""
@@ -107,19 +111,19 @@ class WideResNet(nn.Module):
     @nn.compact
     def __call__(self, images_BxHxWxC: jax.Array, train: bool) -> jax.Array:
         fixup = self.weight_init == 'fixup'
-        x = Conv(16, 3, 1, he_normal(), self.convolution, name='stem')(images_BxHxWxC)
+        how = self.convolution, self.dtype
+        x = Conv(16, 3, 1, he_normal(), *how, name='stem')(images_BxHxWxC)
         for name, features, stride in self.blocks():
             if fixup:
                 branches = (self.depth - 4) // 2
-                x = FixupBlock(
-                    features, stride, branches, self.dropout, self.convolution, name=name
-                )(x, train)
+                x = FixupBlock(features, stride, branches, self.dropout, *how, name=name)(x, train)
             else:
-                x = NormalizedBlock(features, stride, self.dropout, self.convolution, name=name)(
-                    x, train
-                )
-        x = x + Scalar(0.0, 'bias', name='bias')() if fixup else batch_norm(train, name='bn')(x)
-        x_BxC = jnp.mean(nn.relu(x), axis=(1, 2))
+                x = NormalizedBlock(features, stride, self.dropout, *how, name=name)(x, train)
+        if fixup:
+            x = x + Scalar(0.0, 'bias', name='bias')().astype(x.dtype)
+        else:
+            x = batch_norm(train, self.dtype, name='bn')(x)
+        x_BxC = mean_over_space(nn.relu(x), self.dtype)
         return nn.Dense(self.num_classes, kernel_init=zeros, name='head')(x_BxC)
 
     def feature_axes(self) -> dict[str, Any]:

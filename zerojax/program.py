@@ -1,0 +1,341 @@
+"""What a run compiles, shared by all runs that differ only in the numbers of `SCALARS`.
+
+These numbers are arguments of the compiled functions, so a run computes the same bits whether its
+program was compiled for it alone or for a whole sweep. Several such runs can also be computed at
+once, as one batched program: then every array of their states has a leading axis [R], and their
+bits are those of that program.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
+
+from zerojax import config as config_lib
+from zerojax import data, determinism, optimizer, step_audit, symmetry
+from zerojax.evaluate import make_evaluation, make_layer_measurement
+from zerojax.step import (
+    Batch,
+    Metrics,
+    TrainState,
+    create_state,
+    make_train_steps,
+    train_step_function,
+)
+
+# Fields that a compiled program takes as arguments. Not perturbation.at_step: where it differs
+# between batched runs, all of them would draw the noise at every step.
+SCALARS = (
+    'seed',
+    'perturbation.seed',
+    'perturbation.scale',
+    'optimizer.learning_rate',
+    'optimizer.momentum',
+    'optimizer.weight_decay',
+)
+
+Scalars = dict[str, Any]
+
+
+class Source(NamedTuple):
+    """What the train steps of an epoch read.
+
+    Attributes:
+        examples: the training set, {'image': uint8 [N, H, W, C], 'label': int32 [N]}.
+        order: that of the epoch, int32 [N]; of batched runs [R, N].
+        scalars: the runs' `SCALARS`, each []; of batched runs [R].
+    """
+
+    examples: Batch
+    order: jax.Array
+    scalars: Scalars
+
+
+def scalars_of(config: ConfigDict) -> Scalars:
+    """The config's `SCALARS`: int32 [], and floats [] of float32, or float64 where JAX has it."""
+    flat = flatten_dict(config.to_dict(), sep='.')
+    float_dtype = jax.dtypes.canonicalize_dtype(np.float64)
+    return {
+        field: np.asarray(flat[field], np.int32 if isinstance(flat[field], int) else float_dtype)
+        for field in SCALARS
+    }
+
+
+def structure(config: ConfigDict) -> str:
+    """All other fields of a resolved config: runs for which it is equal share a program.
+
+    Which weights are pruned is no matter of the program, only whether any are.
+    """
+    flat = flatten_dict(config.to_dict(), sep='.')
+    rest = {k: v for k, v in flat.items() if k not in SCALARS and not k.startswith('pruning.')}
+    return json.dumps(rest | {'pruning': bool(config.pruning.source)}, sort_keys=True)
+
+
+class Program:
+    """The compiled functions of a resolved config, and its data on the device.
+
+    Args:
+        config: as `train.resolve` returns it; its `SCALARS` are not looked at.
+        dataset: the config's data.
+        runs: None, or how many runs are computed at once.
+    """
+
+    def __init__(self, config: ConfigDict, dataset: data.Dataset, runs: int | None = None) -> None:
+        self.config = config
+        self.dataset = dataset
+        self.runs = runs
+        self.model = config_lib.build_model(config, dataset.num_classes)
+        self.feature_axes = self.model.feature_axes()['params']
+        self.orbits = build_orbits(config, dataset)
+        self.make_batch = make_batch_function(config, dataset.num_classes)
+        self._jit = functools.partial(determinism.jit_in_mode, mode=config.determinism.mode)
+        self._executable: Any = None
+
+    @functools.cached_property
+    def examples(self) -> Batch:
+        """The training set, on the device."""
+        split = self.dataset.train
+        return jax.device_put({'image': split.images, 'label': split.labels})
+
+    @functools.cached_property
+    def initial_state(self) -> Callable[[Scalars], TrainState]:
+        """Jitted scalars -> state before the first step."""
+        new = functools.partial(new_state, self.config, self.dataset)
+        return self._jit(self._for_all_runs(new, out_axes=self._state_axes()))
+
+    @functools.cached_property
+    def epoch_order(self) -> Callable[[jax.Array, int], jax.Array]:
+        """Jitted (keys of the purpose 'order', epoch) -> the order of examples in the epoch."""
+        num_examples = len(self.dataset.train.labels)
+        order = functools.partial(data.epoch_order, num_examples=num_examples)
+        return self._jit(self._for_all_runs(order, in_axes=(0, None)))
+
+    def one_step(self, state: TrainState, source: Source) -> tuple[TrainState, Metrics]:
+        """A single run's train step, pure."""
+        train_step = train_step_function(
+            self.model,
+            build_optimizer(self.config, source.scalars),
+            perturbation=config_lib.build_perturbation(
+                self.config, source.scalars['perturbation.scale']
+            ),
+            project=self.config.symmetry.project,
+            orbits=self.orbits,
+        )
+        return train_step(state, self.make_batch(state, source))
+
+    @functools.cached_property
+    def train_steps(self) -> Any:
+        """Jitted (state, source, count) -> (state, last metrics), see `step.make_train_steps`."""
+        whole: Any = None  # all runs read the same examples
+        each: Any = 0
+        axes = self._state_axes(), Source(whole, order=each, scalars=each)
+        return make_train_steps(
+            self._for_all_runs(self.one_step, axes, (self._state_axes(), 0)),
+            determinism=self.config.determinism.mode,
+            steps_per_call=self.config.steps_per_call,
+        )
+
+    @functools.cached_property
+    def evaluate(self) -> Callable[[TrainState], dict[str, Any]]:
+        """state -> {'loss', 'accuracy'} on the held-out set."""
+        return make_evaluation(self.config, self.dataset, self.model, self._for_all_runs)
+
+    @functools.cached_property
+    def measure_layers(self) -> Callable[[TrainState], Any]:
+        """state -> what the 'layers' lines of metrics.jsonl hold, on the host."""
+        return make_layer_measurement(self.config, self.dataset, self._for_all_runs)
+
+    @functools.cached_property
+    def measure_asymmetry(self) -> Callable[[Any], dict[str, jax.Array]]:
+        """Jitted params -> asymmetry of each layer."""
+        return self._jit(
+            self._for_all_runs(
+                functools.partial(
+                    symmetry.asymmetry, feature_axes=self.feature_axes, orbits=self.orbits
+                )
+            )
+        )
+
+    def compile_train_steps(self, state: TrainState, source: Source) -> Any:
+        """`train_steps` as an executable for arguments of these shapes, compiled once."""
+        if self._executable is None:
+            self._executable = self.train_steps.lower(state, source, np.int32(1)).compile()
+        return self._executable
+
+    def unique_features(self, params: Any) -> Any:
+        """Number of unique features of each layer, for each run."""
+        counts = [
+            symmetry.unique_features(each, self.feature_axes, self.orbits)
+            for each in self.split(jax.device_get(params))
+        ]
+        return jax.tree.map(lambda *x: np.stack(x), *counts) if self.runs else counts[0]
+
+    def stack(self, trees: list[Any]) -> Any:
+        """One tree for the batched functions from one for each run; a single run's as it is."""
+        if self.runs is None:
+            (tree,) = trees
+            return tree
+        return jax.tree.map(lambda *x: jnp.stack(x), *trees)
+
+    def stack_states(self, states: list[TrainState]) -> TrainState:
+        """`stack` of states that are at the same step, which is kept as one number."""
+        stacked = self.stack(states)
+        return stacked if self.runs is None else dataclasses.replace(stacked, step=states[0].step)
+
+    def split(self, tree: Any) -> list[Any]:
+        """A tree for each run, from what the functions return."""
+        if self.runs is None:
+            return [tree]
+        leaves, definition = jax.tree.flatten(tree)
+        return [jax.tree.unflatten(definition, [x[i] for x in leaves]) for i in range(self.runs)]
+
+    def split_state(self, state: TrainState) -> list[TrainState]:
+        """The state of each run."""
+        if self.runs is None:
+            return [state]
+        return [self._run_of(state, i) for i in range(self.runs)]
+
+    @functools.cached_property
+    def _run_of(self) -> Callable[[TrainState, int], TrainState]:
+        none: Any = None
+
+        def take(state: TrainState, i: jax.Array) -> TrainState:
+            own = jax.tree.map(lambda x: x[i], dataclasses.replace(state, step=none))
+            return dataclasses.replace(own, step=state.step)
+
+        return jax.jit(take)
+
+    def _state_axes(self) -> Any:
+        # All runs are at the same step, so what is due at a step is decided once, not per run.
+        axes: dict[str, Any] = {field.name: 0 for field in dataclasses.fields(TrainState)}
+        return TrainState(**(axes | {'step': None}))
+
+    def _for_all_runs(self, function: Any, in_axes: Any = 0, out_axes: Any = 0) -> Any:
+        return function if self.runs is None else jax.vmap(function, in_axes, out_axes)
+
+
+class Programs:
+    """The newest dataset and program, for runs of one structure that follow one another."""
+
+    def __init__(self) -> None:
+        self._datasets: dict[str, data.Dataset] = {}
+        self._programs: dict[tuple[str, int | None], Program] = {}
+
+    def dataset(self, config: ConfigDict) -> data.Dataset:
+        """The config's data.
+
+        Raises:
+            UsageError: as `data.load`.
+        """
+        s = config.dataset
+        what = (s.name, s.data_dir, s.train_split, s.eval_split)
+        if repr(what) not in self._datasets:
+            self._datasets = {repr(what): data.load(*what)}
+        return self._datasets[repr(what)]
+
+    def program(self, config: ConfigDict, dataset: data.Dataset, runs: int | None) -> Program:
+        """The program of a resolved config, see `Program`."""
+        what = (structure(config), runs)
+        if what not in self._programs:
+            self._programs = {what: Program(config, dataset, runs)}
+        return self._programs[what]
+
+
+def build_schedule(config: ConfigDict, learning_rate: Any) -> Callable[[Any], Any]:
+    """Learning rate of update n (from 0), in a run that starts with `learning_rate`."""
+    settings = config.optimizer
+    return optimizer.step_schedule(
+        learning_rate, config.num_steps, settings.drop_at, settings.drop_factor
+    )
+
+
+def build_optimizer(config: ConfigDict, scalars: Scalars) -> Any:
+    """The config's optax transformation, with these numbers."""
+    settings, dtype = config.optimizer, jnp.dtype(config.param_dtype)
+    schedule = build_schedule(config, scalars['optimizer.learning_rate'])
+    decay = jnp.asarray(scalars['optimizer.weight_decay'], dtype)
+    if settings.name == 'sgd':
+        momentum = jnp.asarray(scalars['optimizer.momentum'], dtype)
+        tx = optimizer.sgd(schedule, momentum, settings.nesterov, decay)
+    else:
+        tx = optimizer.radam(schedule, settings.b1, settings.b2, decay)
+    return optimizer.freeze(tx, settings.freeze) if settings.freeze else tx
+
+
+def build_orbits(config: ConfigDict, dataset: data.Dataset) -> symmetry.Orbits | None:
+    """Which features the config's network is meant to have equal; None: all of a layer."""
+    model = config_lib.build_model(config, dataset.num_classes)
+    noiseless = model.noiseless()
+    if noiseless is None:
+        return None
+    images = jnp.zeros((1, *dataset.train.images.shape[1:]))
+    init = jax.jit(functools.partial(noiseless.init, train=False))
+    params = init(jax.random.key(0), images)['params']
+    return symmetry.find_orbits(params, model.feature_axes()['params'])
+
+
+def new_state(config: ConfigDict, dataset: data.Dataset, scalars: Scalars) -> TrainState:
+    """The state before the first step; with pruning, its mask still keeps every weight."""
+    state = create_state(
+        config_lib.build_model(config, dataset.num_classes),
+        build_optimizer(config, scalars),
+        dataset.train.images.shape[1:],
+        seed=scalars['seed'],
+        perturbation_seed=scalars['perturbation.seed'],
+        dtype=jnp.dtype(config.param_dtype),
+    )
+    if config.pruning.source:
+        mask = jax.tree.map(lambda x: jnp.ones(x.shape, bool), state.params)
+        state = dataclasses.replace(state, mask=mask)
+    return state
+
+
+def make_batch_function(
+    config: ConfigDict, num_classes: int
+) -> Callable[[TrainState, Source], Batch]:
+    """A pure (state, source) -> batch of the state's step."""
+    mean, std = (np.array(x, np.float32) for x in (config.dataset.mean, config.dataset.std))
+
+    def make_batch(state: TrainState, source: Source) -> Batch:
+        indices = data.batch_indices(source.order, state.step, config.batch_size)
+        images = source.examples['image'][indices]
+        labels = source.examples['label'][indices]
+        keys = {
+            purpose: jax.random.fold_in(state.keys[purpose], state.step)
+            for purpose in ('augmentation', 'cutout', 'mixup')
+        }
+        if config.dataset.augment:
+            images = data.augment(keys['augmentation'], images)
+        images = data.normalize(images, mean, std)
+        if config.dataset.cutout > 0:
+            images = data.cutout(keys['cutout'], images, config.dataset.cutout)
+        if config.dataset.mixup > 0:
+            images, labels = data.mixup(
+                keys['mixup'], images, labels, num_classes, config.dataset.mixup
+            )
+        return {'image': images, 'label': labels}
+
+    return make_batch
+
+
+def symmetric(program: Program, state: TrainState) -> TrainState:
+    """`step_audit.symmetric_state` of a program's run."""
+    tx = build_optimizer(program.config, scalars_of(program.config))
+    return step_audit.symmetric_state(state, program.model, tx, program.orbits)
+
+
+def compile_inspection(program: Program, state: TrainState, source: Source) -> Any:
+    """What `step_audit.CompiledStep` calls beside the train steps, without dropout."""
+    config = ConfigDict(program.config.to_dict())
+    config.model.dropout = 0.0
+    inspect = step_audit.make_inspection(
+        config_lib.build_model(config, program.dataset.num_classes), program.make_batch
+    )
+    return determinism.jit_in_mode(inspect, config.determinism.mode).lower(state, source).compile()

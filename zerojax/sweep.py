@@ -1,0 +1,282 @@
+"""Trains many runs: a grid over any fields, with as few compilations as there are programs.
+
+python -m zerojax.sweep --config=configs/NAME.py[:VARIANT] [--workdir=DIR] [--runs_at_once=N|auto]
+                        [--seeds=N] [--grid.FIELD=VALUE,VALUE,... ...] [--config.FIELD=VALUE ...]
+
+for example
+
+python -m zerojax.sweep --config=configs/digits.py --seeds=4 --grid.perturbation.scale=1e-8,1e-6
+
+Every combination of the values is a run; --seeds=N makes each with the seeds 0 to N - 1, which
+decide everything random in it, the perturbation included. Each run has a folder of its own in DIR
+(default: runs/sweep_NAME), named by its values, with the files that `zerojax.main` would leave;
+DIR/sweep.csv has a line for each. Stopped and started again, the sweep goes on where it was; with
+more values it adds their runs.
+
+Runs that differ only in seeds, scale of the perturbation, learning rate, momentum or weight decay
+share one compiled program. One after another (--runs_at_once=1) they give the bits that
+`zerojax.main` gives. N at once are one batched program, whose bits are its own; their manifests say
+so (`execution.runs_at_once`). 'auto', the default, is 1 on CPUs, and on accelerators the number
+that is measured to be fastest.
+
+Exit status: 0 success; 1 runs failed, after the others were trained; 2 a mistake in flags, config,
+data or workdir; 143 or 130 after SIGTERM or SIGINT, once checkpoints are saved.
+"""
+
+import itertools
+import json
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from zerojax import cli, records
+from zerojax import config as config_lib
+from zerojax.errors import RunError, UsageError
+from zerojax.precision import numbers_of
+from zerojax.prepare import checkpoint_steps, resolve
+from zerojax.program import Programs, Source, scalars_of, structure
+from zerojax.progress import Progress
+from zerojax.train import train, train_runs
+from zerojax.workdir import Workdir
+
+Job = tuple[ConfigDict, pathlib.Path]  # a run: its config, and its folder
+
+MEASURED_CALLS = 3
+
+
+def sweep(jobs: Sequence[Job], runs_at_once: int | None = None) -> list[records.Record]:
+    """Trains all runs that are not finished yet; their summaries, in the order of `jobs`.
+
+    Args:
+        jobs: config and folder of each run; the folders differ.
+        runs_at_once: how many runs of one structure (see `zerojax.program`) are computed as one
+            batched program; None: what is measured to be fastest on this backend.
+
+    Raises:
+        UsageError: a config or a folder is wrong; nothing was trained if it is a config.
+        RunError: runs failed; all others are finished.
+        Stopped: SIGTERM or SIGINT came; checkpoints were saved.
+    """
+    for config, workdir in jobs:
+        try:
+            config_lib.check(config)
+        except UsageError as error:
+            raise UsageError(f'{workdir.name}: {error}') from error
+        if config.determinism.mode == 'hardware' and (runs_at_once or 1) > 1:
+            raise UsageError(
+                f'--runs_at_once={runs_at_once}: must be 1 with determinism.mode=hardware, where '
+                'each run is audited'
+            )
+    programs = Programs()
+    resolved = [resolve(config, programs.dataset(config)) for config, _ in jobs]
+    summaries = [finished(c, workdir) for c, (_, workdir) in zip(resolved, jobs, strict=True)]
+    pending: dict[str, list[int]] = {}
+    for i, (config, summary) in enumerate(zip(resolved, summaries, strict=True)):
+        if summary is None:
+            pending.setdefault(structure(config), []).append(i)
+
+    failed = {}
+    with Progress(sum(resolved[i].num_steps for i in itertools.chain(*pending.values()))) as bar:
+        for numbers in pending.values():
+            at_once = runs_at_once or fastest(resolved[numbers[0]], len(numbers), programs)
+            for batch in batches([jobs[i][1] for i in numbers], at_once):
+                chosen = [numbers[i] for i in batch]
+                results = (
+                    train_runs([jobs[i] for i in chosen], programs, bar, batched=True)
+                    if at_once > 1
+                    else [train_alone(jobs[i], programs, bar) for i in chosen]
+                )
+                for i, result in zip(chosen, results, strict=True):
+                    if isinstance(result, RunError):
+                        failed[jobs[i][1]] = result
+                    else:
+                        summaries[i] = result
+    if failed:
+        reasons = '; '.join(f'{workdir.name}: {error}' for workdir, error in failed.items())
+        raise RunError(f'{len(failed)} of {len(jobs)} runs failed: {reasons}')
+    return [summary for summary in summaries if summary is not None]
+
+
+def train_alone(job: Job, programs: Programs, progress: Progress) -> records.Record | RunError:
+    """The run's summary, or what it failed with."""
+    try:
+        return train(*job, programs, progress)
+    except RunError as error:
+        return error
+
+
+def finished(resolved: ConfigDict, workdir: pathlib.Path) -> records.Record | None:
+    """The summary of the run in `workdir` if it is finished; None if there is more to do.
+
+    Raises:
+        UsageError: it is a run of another config, or in use.
+    """
+    if not (workdir / 'summary.json').exists():
+        return None
+    with Workdir(workdir, json.loads(json.dumps(resolved.to_dict()))):
+        return json.loads((workdir / 'summary.json').read_text())
+
+
+def batches(workdirs: Sequence[pathlib.Path], at_once: int) -> Iterator[list[int]]:
+    """Indices of the runs to be trained together, of about equal number.
+
+    Runs in lockstep must go on from a step of which all have a checkpoint, so those that have one
+    are put together only with such, and if there is no common step they go on alone.
+    """
+    steps = [set(checkpoint_steps(workdir)) or {0} for workdir in workdirs]
+    new = [i for i, its_steps in enumerate(steps) if its_steps == {0}]
+    begun = [i for i, its_steps in enumerate(steps) if its_steps != {0}]
+    for group in (new, begun):
+        for indices in np.array_split(group, -(-len(group) // at_once)) if group else []:
+            batch = [int(i) for i in indices]
+            if set.intersection(*(steps[i] for i in batch)):
+                yield batch
+            else:
+                yield from ([i] for i in batch)
+
+
+def fastest(config: ConfigDict, number: int, programs: Programs) -> int:
+    """How many of `number` runs of a resolved config to compute at once.
+
+    One on CPUs, where a batched program was never measured to be faster (docs/performance.md), and
+    in mode 'hardware', where each run is audited. On accelerators each power of 4 is timed, as long
+    as memory suffices.
+    """
+    if number == 1 or jax.default_backend() == 'cpu' or config.determinism.mode == 'hardware':
+        return 1
+    candidates = [n for n in (1, 4, 16, 64, 256, 1024) if n < number] + [number]
+    seconds: dict[int, float] = {}
+    for runs in candidates:
+        try:
+            seconds[runs] = seconds_a_call(config, runs, programs) / runs
+        except jax.errors.JaxRuntimeError as error:
+            if 'RESOURCE_EXHAUSTED' not in str(error) or not seconds:
+                raise
+            break
+    best = min(seconds, key=lambda runs: seconds[runs])
+    print(f'measured: {best} runs at once are fastest', flush=True)
+    return best
+
+
+def seconds_a_call(config: ConfigDict, runs: int, programs: Programs) -> float:
+    """Wall time of `steps_per_call` train steps of so many runs, from their initial states."""
+    with numbers_of(config.param_dtype):
+        batched = runs if runs > 1 else None
+        program = programs.program(config, programs.dataset(config), batched)
+        scalars = program.stack([scalars_of(config)] * runs)
+        state = program.initial_state(scalars)
+        source = Source(program.examples, program.epoch_order(state.keys['order'], 0), scalars)
+        train_steps = program.compile_train_steps(state, source)
+        count = np.int32(min(config.steps_per_call, config.num_steps))
+        times = []
+        for _ in range(1 + MEASURED_CALLS):
+            began = time.perf_counter()
+            state, _ = train_steps(state, source, count)
+            jax.block_until_ready(state)
+            times.append(time.perf_counter() - began)
+        return min(times[1:])
+
+
+# The command line.
+
+
+def parse_value(field: str, text: str) -> Any:
+    """A value of a config's field.
+
+    Raises:
+        UsageError: there is no such field, or the text is not of its type.
+    """
+    config_lib.check_field_exists(field)
+    kind = config_lib.type_of(field)
+    try:
+        if kind is bool:
+            return {'true': True, 'false': False}[text.lower()]
+        if kind in (int, float, str):
+            return kind(text)
+    except (KeyError, ValueError):
+        raise UsageError(f'--grid.{field}={text}: must be of type {kind.__name__}') from None
+    raise UsageError(f'--grid.{field}: is a {kind.__name__}, which a grid cannot vary')
+
+
+def take_grid(argv: list[str]) -> dict[str, list[Any]]:
+    """Takes all --grid.FIELD=VALUES out of `argv`.
+
+    Raises:
+        UsageError: names the field that is wrong.
+    """
+    grid: dict[str, list[Any]] = {}
+    for argument in [each for each in argv if each.startswith('--grid.')]:
+        argv.remove(argument)
+        field, equals, texts = argument.removeprefix('--grid.').partition('=')
+        if not equals:
+            raise UsageError(f'{argument}: must be --grid.FIELD=VALUE,VALUE,...')
+        grid[field] = [parse_value(field, text) for text in texts.split(',')]
+        if len(set(grid[field])) < len(grid[field]):
+            raise UsageError(f'{argument}: names a value twice')
+    return grid
+
+
+def grid_jobs(
+    config: ConfigDict, grid: dict[str, list[Any]], seeds: int | None, workdir: pathlib.Path
+) -> Iterator[tuple[dict[str, Any], Job]]:
+    """Changed fields, and job, of each combination of a grid's values."""
+    for values in itertools.product(*grid.values(), *([] if seeds is None else [range(seeds)])):
+        fields = dict(zip(grid, values, strict=False))
+        if seeds is not None:
+            fields |= {'seed': values[-1], 'perturbation.seed': values[-1]}
+        changed = config.copy_and_resolve_references()
+        changed.update_from_flattened_dict(fields)
+        named = {k: v for k, v in fields.items() if seeds is None or k != 'perturbation.seed'}
+        name = ','.join(f'{field}={value}' for field, value in named.items()) or 'run'
+        safe = ''.join(c if c.isalnum() or c in '.,=-_' else '_' for c in name)
+        yield fields, (changed, workdir / safe)
+
+
+def run(argv: list[str]) -> None:
+    """The command; `argv` are the program's name and the flags."""
+    argv = list(argv)
+    seeds = cli.take_count(argv, 'seeds', 0, least=1) or None
+    text = cli.take_flag(argv, 'runs_at_once')
+    at_once = None
+    if text not in (None, 'auto'):
+        at_once = cli.take_count([f'--runs_at_once={text}'], 'runs_at_once', 1, least=1)
+    grid = take_grid(argv)
+    if seeds is not None and {'seed', 'perturbation.seed'} & grid.keys():
+        raise UsageError('--seeds: decides seed and perturbation.seed; leave them out of the grid')
+    config, workdir = cli.parse_flags(argv, prefix='sweep_')
+    jobs = list(grid_jobs(config, grid, seeds, workdir))
+    folders = [job[1] for _, job in jobs]
+    if len(set(folders)) < len(folders):
+        raise UsageError('--grid: two runs would share a folder; their values differ too little')
+    summaries = sweep([job for _, job in jobs], at_once)
+    columns = (
+        'step', 'train_loss', 'eval_accuracy', 'best_eval_accuracy', 'asymmetry', 'broken_at_step',
+        'params_sha256', 'seconds',
+    )  # fmt: skip
+    rows = [
+        {'run': job[1].name, **fields, **{name: summary[name] for name in columns}}
+        for (fields, job), summary in zip(jobs, summaries, strict=True)
+    ]
+    records.write_csv(workdir / 'sweep.csv', rows)
+    print(f'{workdir}/sweep.csv: {len(rows)} runs')
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command line `argv` (with the program's name); returns the exit status."""
+    if {'-h', '--help'} & set(argv[1:]):
+        print(__doc__)
+        return 0
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    return cli.exit_status(lambda: run(argv))
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv))
