@@ -14,9 +14,9 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
-import signal
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -32,6 +32,7 @@ from numpy.typing import ArrayLike
 from zerojax import cli, data, records
 from zerojax.errors import UsageError
 from zerojax.records import Record
+from zerojax.stop import exit_on_signals
 from zerojax.sweep import sweep
 
 # Okabe and Ito's colours, told apart by colour-blind readers too.
@@ -81,8 +82,7 @@ def main(
     if {'-h', '--help'} & set(argv[1:]):
         print(documentation)
         return 0
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    exit_on_signals()
     name = pathlib.PurePath(argv[0]).stem
 
     def run_experiment() -> None:
@@ -184,30 +184,37 @@ def by_arm(runs: Sequence[Run]) -> dict[str, list[Run]]:
 def write_table(experiment: Experiment, rows: list[dict[str, Any]]) -> None:
     """Prints a table and writes it as table.md (with command, hardware, versions) and table.csv."""
     records.write_csv(experiment.workdir / 'table.csv', rows)
-    columns = list(rows[0])
-    lines = [
-        '| ' + ' | '.join(columns) + ' |',
-        '| ' + ' | '.join('---' for _ in columns) + ' |',
-        *('| ' + ' | '.join(str(row[column]) for column in columns) + ' |' for row in rows),
-    ]
-    table = '\n'.join(lines)
+    table = markdown(rows)
     (experiment.workdir / 'table.md').write_text(
         f'    {experiment.command}\n\n{circumstances(experiment)}\n\n{table}\n'
     )
     print(f'\n{table}\n\n{experiment.workdir}/table.md, table.csv')
 
 
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """A table of rows of the same columns."""
+    columns = list(rows[0])
+    lines = [columns, ['---'] * len(columns), *([str(row[c]) for c in columns] for row in rows)]
+    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
+
+
 def circumstances(experiment: Experiment) -> str:
     """Data, hardware and versions in a sentence."""
-    config, device = experiment.config, jax.devices()[0]
+    config = experiment.config
+    return (
+        f'{config.dataset.name}, {config.num_steps or config.num_epochs} '
+        f'{"steps" if config.num_steps else "epochs"} of {config.batch_size}; {machine()}.'
+    )
+
+
+def machine() -> str:
+    """Hardware and versions."""
     versions = ', '.join(
         f'{name} {importlib.metadata.version(name)}' for name in ('jax', 'jaxlib', 'flax', 'optax')
     )
     return (
-        f'{config.dataset.name}, {config.num_steps or config.num_epochs} '
-        f'{"steps" if config.num_steps else "epochs"} of {config.batch_size}; '
-        f'{jax.device_count()} {device.device_kind} device ({platform.machine()}), '
-        f'Python {platform.python_version()}, {versions}.'
+        f'{jax.device_count()} {jax.devices()[0].device_kind} device ({platform.machine()}, '
+        f'{os.cpu_count()} CPU cores), Python {platform.python_version()}, {versions}'
     )
 
 

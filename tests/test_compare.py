@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import json
 import pathlib
 import shutil
@@ -361,6 +362,7 @@ def test_mistakes(mistakes, capsys, arguments, status, message):
     assert found == status
     assert message in err and err.startswith('error: ')
     assert err.count('\n') == 1 and out == ''
+    gc.collect()
 
 
 def test_another_training_set_is_said(runs, tmp_path, capsys):

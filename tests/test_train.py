@@ -1,5 +1,6 @@
 """Properties of whole runs, in this process."""
 
+import gc
 import json
 import re
 import shutil
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from zerojax import precision
+from zerojax import precision, program
 from zerojax.checkpoint import Checkpoints
 from zerojax.config import default_config
 from zerojax.errors import RunError, UsageError
@@ -80,6 +81,34 @@ def damage(folder, change):
             file.write_bytes(change(file.read_bytes()))
 
 
+def test_nothing_is_copied_between_host_and_device_in_a_call_of_the_train_steps(
+    tiny_config, tmp_path, monkeypatch
+):
+    """Data, order of the epoch, scalars and count are on the device, the state stays there."""
+    calls = []
+    compile_train_steps = program.Program.compile_train_steps
+
+    def guarded(self, *arguments):
+        executable = compile_train_steps(self, *arguments)
+
+        def call(*arguments):
+            calls.append(arguments)
+            with jax.transfer_guard('disallow_explicit'):
+                return executable(*arguments)
+
+        return call
+
+    monkeypatch.setattr(program.Program, 'compile_train_steps', guarded)
+    train(tiny_config, tmp_path)
+    assert len(calls) > 5
+    guard = jax.transfer_guard('disallow_explicit')
+    with guard, pytest.raises(jax.errors.JaxRuntimeError, match='Disallowed host-to-device'):
+        jax.jit(lambda x: x + 1)(np.int32(1))
+
+
+# Of a damaged checkpoint, Orbax waits for the first read that fails; others may end after its event
+# loop has closed.
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_serves(tiny_config, tmp_path, capsys):
     summary = train(tiny_config, tmp_path)
     metrics = (tmp_path / 'metrics.jsonl').read_bytes()
@@ -100,6 +129,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_serves(tiny_config
         train(tiny_config, tmp_path)
     steps = {path.name for path in (tmp_path / 'checkpoints').iterdir() if path.is_dir()}
     assert steps == {'12', '18', '24'}, 'nothing was taken away'
+    gc.collect()
 
 
 def test_without_perturbation_symmetry_is_exact_to_the_end(tiny_config, tmp_path):

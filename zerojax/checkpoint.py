@@ -1,9 +1,12 @@
 """Orbax checkpoints of all that decides the next step."""
 
+import contextlib
+import functools
 import hashlib
 import pathlib
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
 import jax
@@ -11,20 +14,47 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from zerojax import distributed
 from zerojax.errors import RunError
 from zerojax.step import TrainState
 
 KEEP = 3  # newest checkpoints that are kept
 
 
-def state_sha256(state: TrainState) -> str:
-    """Over the bytes of all arrays of a state, in the order of its leaves."""
+def tree_sha256(tree: Any) -> str:
+    """Over the bytes of all arrays of a tree, in the order of its leaves."""
     digest = hashlib.sha256()
-    for x in jax.tree.leaves(state):
+    for x in jax.tree.leaves(tree):
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             x = jax.random.key_data(x)
         digest.update(np.ascontiguousarray(jax.device_get(x)).tobytes())
     return digest.hexdigest()
+
+
+def move_aside(directory: pathlib.Path, step: int) -> pathlib.Path:
+    """Moves a checkpoint into the folder damaged_checkpoints beside; returns where it is then."""
+    aside = directory.with_name('damaged_checkpoints') / str(step)
+    if distributed.is_first():
+        if aside.exists():
+            shutil.rmtree(aside)
+        aside.parent.mkdir(exist_ok=True)
+        (directory / str(step)).rename(aside)
+    distributed.largest(0)  # until it is done
+    return aside
+
+
+def with_damaged_metadata(directory: pathlib.Path) -> tuple[list[int], list[int]]:
+    """Steps of the checkpoints whose metadata cannot be read, and of all others."""
+    damaged, whole = [], []
+    for folder in directory.iterdir():
+        if folder.name.isdigit():
+            try:
+                ocp.checkpointables_metadata(folder)
+            except Exception:  # Orbax raises many kinds
+                damaged.append(int(folder.name))
+            else:
+                whole.append(int(folder.name))
+    return sorted(damaged), sorted(whole)
 
 
 class Checkpoints:
@@ -40,22 +70,44 @@ class Checkpoints:
         """`keep_at` are steps whose checkpoints are kept for good, beside the newest.
 
         With `read_only` the folder must exist, and what another process is writing in it is left
-        alone.
+        alone. Otherwise checkpoints whose metadata is damaged are moved out of the way, into
+        `moved`, as long as any is whole.
+
+        Raises:
+            RunError: metadata is damaged, and no checkpoint may or can take its place.
         """
         policies = ocp.training.preservation_policies
-        self._checkpointer = ocp.training.Checkpointer(
+        open_all = functools.partial(
+            ocp.training.Checkpointer,
             directory.absolute(),
             preservation_policy=policies.AnyPreservationPolicy(
                 [policies.LatestN(KEEP), policies.CustomSteps(list(keep_at))]
             ),
             cleanup_tmp_directories=not read_only,
         )
+        self.moved: dict[int, pathlib.Path] = {}
+        try:
+            self._checkpointer = open_all()
+        except Exception as error:  # of one damaged checkpoint, none can be read
+            damaged, whole = with_damaged_metadata(directory)
+            if not damaged:
+                raise
+            if read_only or not whole:
+                names = ', '.join(str(directory / str(step)) for step in damaged)
+                raise RunError(
+                    f'{names}: damaged metadata; remove that to use the others'
+                ) from error
+            distributed.largest(0)  # until all processes have looked
+            for step in damaged:
+                self.moved[step] = move_aside(directory, step)
+            self._checkpointer = open_all()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._checkpointer.close()
+        with self._saving():
+            self._checkpointer.close()
 
     @property
     def latest_step(self) -> int | None:
@@ -73,8 +125,27 @@ class Checkpoints:
         if step == self.latest_step:
             return
         copied = jax.tree.map(jnp.copy, state)
-        metadata = {'seconds': seconds, 'sha256': state_sha256(copied)}
-        self._checkpointer.save_async(step, copied, force=True, custom_metadata=metadata)
+        metadata = {
+            'seconds': seconds,
+            'sha256': tree_sha256(copied),
+            'variables_sha256': tree_sha256(
+                {'params': copied.params, 'batch_stats': copied.batch_stats}
+            ),
+        }
+        with self._saving():
+            self._checkpointer.save_async(step, copied, force=True, custom_metadata=metadata)
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            full = re.search(r'No space left on device|Read-only file system', str(error))
+            raise RunError(
+                f'{self._checkpointer.directory}: a checkpoint could not be saved '
+                f'({full[0] if full else type(error).__name__}); the same command goes on from the '
+                'newest that could'
+            ) from error
 
     @property
     def steps(self) -> list[int]:
@@ -98,9 +169,13 @@ class Checkpoints:
                 {name: stored[name] for name in ('params', 'batch_stats')},
             )
             with ocp.Context(pytree_options=partial):
-                return self._checkpointer.load(step, abstract_state=abstract)
+                variables = self._checkpointer.load(step, abstract_state=abstract)
+            digest = self._checkpointer.metadata(step).custom_metadata['variables_sha256']
         except Exception as error:  # Orbax and TensorStore raise many kinds
             raise self._unreadable(step, type(error).__name__) from error
+        if tree_sha256(variables) != digest:
+            raise self._unreadable(step, 'its bytes are not those that were saved')
+        return variables
 
     def _unreadable(self, step: int, reason: str) -> RunError:
         folder = self._checkpointer.directory / str(step)
@@ -121,18 +196,13 @@ class Checkpoints:
             seconds, digest = float(metadata['seconds']), metadata['sha256']
         except Exception as error:  # Orbax and TensorStore raise many kinds
             raise self._unreadable(step, type(error).__name__) from error
-        if state_sha256(state) != digest:
+        if tree_sha256(state) != digest:
             raise self._unreadable(step, 'its bytes are not those that were saved')
         return state, seconds
 
     def set_aside(self, step: int) -> pathlib.Path:
         """Moves the checkpoint of `step` out of the way; the folder that it is in then."""
-        folder = pathlib.Path(self._checkpointer.directory)
-        aside = folder.with_name('damaged_checkpoints') / str(step)
-        if aside.exists():
-            shutil.rmtree(aside)
-        aside.parent.mkdir(exist_ok=True)
-        (folder / str(step)).rename(aside)
+        aside = move_aside(pathlib.Path(self._checkpointer.directory), step)
         self._checkpointer.reload()
         return aside
 
@@ -141,5 +211,10 @@ class Checkpoints:
         self._checkpointer.delete(step)
 
     def wait(self) -> None:
-        """Returns when every checkpoint is on disk; raises what went wrong in the background."""
-        self._checkpointer.wait()
+        """Returns when every checkpoint is on disk.
+
+        Raises:
+            RunError: one could not be saved.
+        """
+        with self._saving():
+            self._checkpointer.wait()

@@ -1,5 +1,6 @@
 """The command line: from flags to a checked config and a workdir."""
 
+import logging as python_logging
 import pathlib
 import sys
 from collections.abc import Callable
@@ -8,13 +9,16 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from zerojax import config as config_lib
+from zerojax import distributed
 from zerojax.errors import RunError, UsageError
 from zerojax.stop import Stopped
 
 
 def exit_status(command: Callable[[], object]) -> int:
     """Runs a command; prints what it raises as one line on stderr and returns the exit status."""
-    logging.set_verbosity(logging.ERROR)  # Orbax and TFDS warn of what is normal here
+    # Orbax and TFDS warn of what is normal here, and log errors that they raise as well.
+    logging.set_verbosity(logging.FATAL)
+    python_logging.getLogger('asyncio').setLevel(python_logging.CRITICAL)
     try:
         command()
     except UsageError as error:
@@ -22,6 +26,13 @@ def exit_status(command: Callable[[], object]) -> int:
         return 2
     except RunError as error:
         print(f'error: {error}', file=sys.stderr)
+        return 1
+    except OSError as error:
+        where = f'{error.filename}: ' if error.filename else ''
+        print(
+            f'error: {where}{error.strerror or error}; mend that, and the same command goes on',
+            file=sys.stderr,
+        )
         return 1
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
@@ -59,7 +70,13 @@ def parse_flags(argv: list[str], *, prefix: str = '') -> tuple[ConfigDict, pathl
     if len(remaining) > 1:
         raise UsageError(f'command line: unexpected argument {remaining[1]!r}')
     config_lib.check(config)
-    return config, pathlib.Path(workdir_flag.value or default_workdir(source, prefix))
+    workdir = workdir_flag.value or default_workdir(source, prefix)
+    if '://' in workdir:
+        raise UsageError(
+            f'--workdir={workdir}: must be a folder of a file system; docs/cloud.md says how a '
+            'copy on object storage can follow it'
+        )
+    return config, pathlib.Path(workdir)
 
 
 def take_flag(argv: list[str], name: str) -> str | None:
@@ -67,6 +84,18 @@ def take_flag(argv: list[str], name: str) -> str | None:
     values = [each.removeprefix(f'--{name}=') for each in argv if each.startswith(f'--{name}=')]
     argv[:] = [each for each in argv if not each.startswith(f'--{name}=')]
     return values[-1] if values else None
+
+
+def join_processes(argv: list[str]) -> None:
+    """Takes --distributed and --distributed_timeout out of `argv`, and joins the others if told to.
+
+    Raises:
+        UsageError: a flag is wrong.
+    """
+    timeout = take_count(argv, 'distributed_timeout', distributed.TIMEOUT, least=1)
+    where = take_flag(argv, 'distributed')
+    if where is not None:
+        distributed.start(where, timeout)
 
 
 def take_count(argv: list[str], name: str, default: int, least: int) -> int:

@@ -76,6 +76,9 @@ def default_config() -> ConfigDict:
     config.perturbation.count = 1  # of ulp: how many weights; of unequal_init: unique features
     config.perturbation.backward = False  # of activation: perturb gradients instead
 
+    config.mesh = ConfigDict()
+    config.mesh.data = 1  # devices that share each batch; see docs/cloud.md
+
     config.symmetry = ConfigDict()
     config.symmetry.project = False  # put the weights back on the symmetric subspace at each step
 
@@ -147,6 +150,7 @@ RULES: dict[str, Rule] = {
     'checkpoint_every_steps': _COUNT,
     'steps_per_call': _COUNT,
     'param_dtype': _one_of(PARAM_DTYPES),
+    'mesh.data': _COUNT,
     'dataset.name': _one_of(data.NAMES),
     'determinism.mode': _one_of(determinism.MODES),
     'perturbation.seed': _SEED,

@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from zerojax import config as config_lib
-from zerojax import data, determinism, metrics
+from zerojax import data, determinism, distributed, metrics
 from zerojax.models import Network
 from zerojax.records import Record
 from zerojax.step import TrainState, cross_entropy, eval_step_function
@@ -28,7 +28,11 @@ def one_run(function: Any, in_axes: Any = 0) -> Any:
 
 
 def make_evaluation(
-    config: ConfigDict, dataset: data.Dataset, model: Network, for_all_runs: Any = one_run
+    config: ConfigDict,
+    dataset: data.Dataset,
+    model: Network,
+    for_all_runs: Any = one_run,
+    batch_sharding: jax.sharding.NamedSharding | None = None,
 ) -> Callable[[TrainState], dict[str, Any]]:
     """A function state -> {'loss', 'accuracy'}, means over the whole held-out set."""
     mean, std = (np.array(x, np.float32) for x in (config.dataset.mean, config.dataset.std))
@@ -38,17 +42,18 @@ def make_evaluation(
     )
     split = dataset.eval
     size = min(EVAL_BATCH_SIZE, len(split.labels))
+    size += -size % config.mesh.data
     padding = -len(split.labels) % size
     images = np.pad(split.images, ((0, padding), (0, 0), (0, 0), (0, 0)))
     labels = np.pad(split.labels, (0, padding), constant_values=-1)
     batches = [
-        jax.device_put((images[i : i + size], labels[i : i + size]))
+        jax.device_put((images[i : i + size], labels[i : i + size]), batch_sharding)
         for i in range(0, len(labels), size)
     ]
 
     def evaluate(state: TrainState) -> dict[str, Any]:
         variables = {'params': state.params, 'batch_stats': state.batch_stats}
-        sums = jax.device_get([eval_step(variables, *batch) for batch in batches])
+        sums = distributed.fetch([eval_step(variables, *batch) for batch in batches])
         loss, correct = (
             np.sum([each[name] for each in sums], axis=0, dtype=np.float64)
             for name in ('loss', 'correct')
@@ -59,7 +64,10 @@ def make_evaluation(
 
 
 def make_layer_measurement(
-    config: ConfigDict, dataset: data.Dataset, for_all_runs: Any = one_run
+    config: ConfigDict,
+    dataset: data.Dataset,
+    for_all_runs: Any = one_run,
+    batch_sharding: jax.sharding.NamedSharding | None = None,
 ) -> Callable[[TrainState], Any]:
     """A function state -> what the 'layers' lines of metrics.jsonl hold, as arrays on the host.
 
@@ -71,8 +79,8 @@ def make_layer_measurement(
     model = config_lib.build_model(undropped, dataset.num_classes)
     mean, std = (np.array(x, np.float32) for x in (config.dataset.mean, config.dataset.std))
     split = dataset.train
-    images = jax.device_put(split.images[: config.batch_size])
-    labels = jax.device_put(split.labels[: config.batch_size])
+    images = jax.device_put(split.images[: config.batch_size], batch_sharding)
+    labels = jax.device_put(split.labels[: config.batch_size], batch_sharding)
 
     def measure(
         params: Any, batch_stats: Any, images: jax.Array, labels: jax.Array
@@ -94,7 +102,7 @@ def make_layer_measurement(
     )
 
     def measure_layers(state: TrainState) -> Any:
-        return jax.device_get(measure(state.params, state.batch_stats, images, labels))
+        return distributed.fetch(measure(state.params, state.batch_stats, images, labels))
 
     return measure_layers
 

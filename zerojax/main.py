@@ -1,14 +1,17 @@
 """Trains one configuration.
 
 python -m zerojax.main --config=configs/NAME.py[:VARIANT] [--workdir=DIR] [--config.FIELD=VALUE ...]
+                       [--distributed=auto|HOST:PORT,N,I] [--distributed_timeout=SECONDS]
 
 Without --workdir the run goes to runs/NAME. In a workdir that holds a run of the same config it
-resumes. Exit status: 0 success; 1 a failure during the run; 2 a mistake in flags, config, data or
+resumes. On several hosts the same command with --distributed runs on each, see docs/cloud.md. Exit
+status: 0 success; 1 a failure during the run; 2 a mistake in flags, config, data or
 workdir; 143 or 130 after SIGTERM or SIGINT, once a checkpoint is saved.
 """
 
-import signal
 import sys
+
+from zerojax.stop import exit_on_signals
 
 
 def main(argv: list[str]) -> int:
@@ -16,13 +19,17 @@ def main(argv: list[str]) -> int:
     if {'-h', '--help'} & set(argv[1:]):
         print(__doc__)
         return 0
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    exit_on_signals()
     # Imported only now, so that a signal during these slow imports ends in the right status too.
-    from zerojax.cli import exit_status, parse_flags
+    from zerojax.cli import exit_status, join_processes, parse_flags
     from zerojax.train import train
 
-    return exit_status(lambda: train(*parse_flags(argv)))
+    def run() -> None:
+        flags = list(argv)
+        join_processes(flags)
+        train(*parse_flags(flags))
+
+    return exit_status(run)
 
 
 if __name__ == '__main__':

@@ -16,10 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from zerojax import config as config_lib
-from zerojax import data, determinism, optimizer, step_audit, symmetry
+from zerojax import data, determinism, distributed, optimizer, step_audit, symmetry
+from zerojax.errors import UsageError
 from zerojax.evaluate import make_evaluation, make_layer_measurement
 from zerojax.step import (
     Batch,
@@ -85,6 +88,16 @@ class Program:
         config: as `train.resolve` returns it; its `SCALARS` are not looked at.
         dataset: the config's data.
         runs: None, or how many runs are computed at once.
+
+    Attributes:
+        everywhere: sharding of what has a copy on each device; None on a single one.
+
+    On several devices, see `build_mesh`, arrays of batched runs are spread along the mesh's axis
+    'run', every batch along its axis 'data'; means over a batch, those of BatchNorm too, are over
+    the whole of it. Everything else has a copy on each device.
+
+    Raises:
+        UsageError: there are not as many devices, or they cannot share the batch evenly.
     """
 
     def __init__(self, config: ConfigDict, dataset: data.Dataset, runs: int | None = None) -> None:
@@ -94,7 +107,10 @@ class Program:
         self.model = config_lib.build_model(config, dataset.num_classes)
         self.feature_axes = self.model.feature_axes()['params']
         self.orbits = build_orbits(config, dataset)
-        self.make_batch = make_batch_function(config, dataset.num_classes)
+        self.mesh = build_mesh(config, runs)
+        self._for_each_run = None if self.mesh is None else NamedSharding(self.mesh, P('run'))
+        self.everywhere = None if self.mesh is None else NamedSharding(self.mesh, P())
+        self.make_batch = make_batch_function(config, dataset.num_classes, self.mesh)
         self._jit = functools.partial(determinism.jit_in_mode, mode=config.determinism.mode)
         self._executable: Any = None
 
@@ -102,20 +118,25 @@ class Program:
     def examples(self) -> Batch:
         """The training set, on the device."""
         split = self.dataset.train
-        return jax.device_put({'image': split.images, 'label': split.labels})
+        return jax.device_put({'image': split.images, 'label': split.labels}, self.everywhere)
 
     @functools.cached_property
     def initial_state(self) -> Callable[[Scalars], TrainState]:
         """Jitted scalars -> state before the first step."""
         new = functools.partial(new_state, self.config, self.dataset)
-        return self._jit(self._for_all_runs(new, out_axes=self._state_axes()))
+        return self._jit(
+            self._for_all_runs(new, out_axes=self._state_axes()),
+            out_shardings=self._state_shardings(),
+        )
 
     @functools.cached_property
     def epoch_order(self) -> Callable[[jax.Array, int], jax.Array]:
         """Jitted (keys of the purpose 'order', epoch) -> the order of examples in the epoch."""
         num_examples = len(self.dataset.train.labels)
         order = functools.partial(data.epoch_order, num_examples=num_examples)
-        return self._jit(self._for_all_runs(order, in_axes=(0, None)))
+        return self._jit(
+            self._for_all_runs(order, in_axes=(0, None)), out_shardings=self._run_sharding()
+        )
 
     def one_step(self, state: TrainState, source: Source) -> tuple[TrainState, Metrics]:
         """A single run's train step, pure."""
@@ -140,17 +161,22 @@ class Program:
             self._for_all_runs(self.one_step, axes, (self._state_axes(), 0)),
             determinism=self.config.determinism.mode,
             steps_per_call=self.config.steps_per_call,
+            out_shardings=(self._state_shardings(), self._run_sharding()),
         )
 
     @functools.cached_property
     def evaluate(self) -> Callable[[TrainState], dict[str, Any]]:
         """state -> {'loss', 'accuracy'} on the held-out set."""
-        return make_evaluation(self.config, self.dataset, self.model, self._for_all_runs)
+        return make_evaluation(
+            self.config, self.dataset, self.model, self._for_all_runs, self._batch_sharding()
+        )
 
     @functools.cached_property
     def measure_layers(self) -> Callable[[TrainState], Any]:
         """state -> what the 'layers' lines of metrics.jsonl hold, on the host."""
-        return make_layer_measurement(self.config, self.dataset, self._for_all_runs)
+        return make_layer_measurement(
+            self.config, self.dataset, self._for_all_runs, self._batch_sharding()
+        )
 
     @functools.cached_property
     def measure_asymmetry(self) -> Callable[[Any], dict[str, jax.Array]]:
@@ -173,21 +199,26 @@ class Program:
         """Number of unique features of each layer, for each run."""
         counts = [
             symmetry.unique_features(each, self.feature_axes, self.orbits)
-            for each in self.split(jax.device_get(params))
+            for each in self.split(distributed.fetch(params))
         ]
         return jax.tree.map(lambda *x: np.stack(x), *counts) if self.runs else counts[0]
 
-    def stack(self, trees: list[Any]) -> Any:
-        """One tree for the batched functions from one for each run; a single run's as it is."""
+    def place_scalars(self, scalars: list[Scalars]) -> Scalars:
+        """The scalars of all runs, on the device."""
         if self.runs is None:
-            (tree,) = trees
-            return tree
-        return jax.tree.map(lambda *x: jnp.stack(x), *trees)
+            (placed,) = scalars
+        else:
+            placed = jax.tree.map(lambda *x: np.stack(x), *scalars)
+        return jax.device_put(placed, self._run_sharding())
 
     def stack_states(self, states: list[TrainState]) -> TrainState:
-        """`stack` of states that are at the same step, which is kept as one number."""
-        stacked = self.stack(states)
-        return stacked if self.runs is None else dataclasses.replace(stacked, step=states[0].step)
+        """One state for the batched functions; all are at the same step, kept as one number."""
+        if self.runs is None:
+            (state,) = states
+            return state
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *states)
+        stacked = dataclasses.replace(stacked, step=states[0].step)
+        return stacked if self.mesh is None else jax.device_put(stacked, self._state_shardings())
 
     def split(self, tree: Any) -> list[Any]:
         """A tree for each run, from what the functions return."""
@@ -210,7 +241,7 @@ class Program:
             own = jax.tree.map(lambda x: x[i], dataclasses.replace(state, step=none))
             return dataclasses.replace(own, step=state.step)
 
-        return jax.jit(take)
+        return jax.jit(take, out_shardings=self.everywhere)
 
     def _state_axes(self) -> Any:
         # All runs are at the same step, so what is due at a step is decided once, not per run.
@@ -218,7 +249,23 @@ class Program:
         return TrainState(**(axes | {'step': None}))
 
     def _for_all_runs(self, function: Any, in_axes: Any = 0, out_axes: Any = 0) -> Any:
-        return function if self.runs is None else jax.vmap(function, in_axes, out_axes)
+        if self.runs is None:
+            return function
+        along = None if self.mesh is None else 'run'
+        return jax.vmap(function, in_axes, out_axes, spmd_axis_name=along)
+
+    def _run_sharding(self) -> Any:
+        return self.everywhere if self.runs is None else self._for_each_run
+
+    def _state_shardings(self) -> Any:
+        if self.runs is None:
+            return self.everywhere
+        shardings = dict.fromkeys(field.name for field in dataclasses.fields(TrainState))
+        shardings = dict.fromkeys(shardings, self._for_each_run) | {'step': self.everywhere}
+        return TrainState(**shardings) if self.mesh is not None else None
+
+    def _batch_sharding(self) -> Any:
+        return None if self.mesh is None else NamedSharding(self.mesh, P('data'))
 
 
 class Programs:
@@ -297,14 +344,44 @@ def new_state(config: ConfigDict, dataset: data.Dataset, scalars: Scalars) -> Tr
     return state
 
 
+def build_mesh(config: ConfigDict, runs: int | None) -> Mesh | None:
+    """Axis 'data' of `config.mesh.data` devices, and 'run' of as many more as batched runs can use.
+
+    These are the most devices there are that divide the number of runs. None if it is one device.
+
+    Raises:
+        UsageError: names `mesh.data`, and why the devices do not fit.
+    """
+    along_data, number, processes = config.mesh.data, jax.device_count(), jax.process_count()
+    if along_data > number:
+        raise UsageError(f'mesh.data={along_data}: must be at most {number}, the devices there are')
+    if config.batch_size % along_data:
+        raise UsageError(
+            f'mesh.data={along_data}: must divide batch_size={config.batch_size} evenly'
+        )
+    runs = runs or 1
+    along_run = max(n for n in range(1, number // along_data + 1) if runs % n == 0)
+    if along_run * along_data == 1 and processes == 1:
+        return None
+    if processes > 1 and along_run * along_data != number:
+        raise UsageError(
+            f'mesh.data={along_data}: {runs} runs at once use {along_run * along_data} devices; '
+            f'all {number} of the {processes} processes must be used'
+        )
+    devices = np.array(jax.devices()[: along_run * along_data])
+    return Mesh(devices.reshape(along_run, along_data), ('run', 'data'))
+
+
 def make_batch_function(
-    config: ConfigDict, num_classes: int
+    config: ConfigDict, num_classes: int, mesh: Mesh | None = None
 ) -> Callable[[TrainState, Source], Batch]:
-    """A pure (state, source) -> batch of the state's step."""
+    """A pure (state, source) -> batch of the state's step, spread over the mesh's axis 'data'."""
     mean, std = (np.array(x, np.float32) for x in (config.dataset.mean, config.dataset.std))
 
     def make_batch(state: TrainState, source: Source) -> Batch:
         indices = data.batch_indices(source.order, state.step, config.batch_size)
+        if mesh is not None:
+            indices = jax.lax.with_sharding_constraint(indices, NamedSharding(mesh, P('data')))
         images = source.examples['image'][indices]
         labels = source.examples['label'][indices]
         keys = {
@@ -328,7 +405,8 @@ def make_batch_function(
 def symmetric(program: Program, state: TrainState) -> TrainState:
     """`step_audit.symmetric_state` of a program's run."""
     tx = build_optimizer(program.config, scalars_of(program.config))
-    return step_audit.symmetric_state(state, program.model, tx, program.orbits)
+    state = step_audit.symmetric_state(state, program.model, tx, program.orbits)
+    return jax.device_put(state, program.everywhere)
 
 
 def compile_inspection(program: Program, state: TrainState, source: Source) -> Any:
@@ -338,4 +416,7 @@ def compile_inspection(program: Program, state: TrainState, source: Source) -> A
     inspect = step_audit.make_inspection(
         config_lib.build_model(config, program.dataset.num_classes), program.make_batch
     )
-    return determinism.jit_in_mode(inspect, config.determinism.mode).lower(state, source).compile()
+    inspect = determinism.jit_in_mode(
+        inspect, config.determinism.mode, out_shardings=program.everywhere
+    )
+    return inspect.lower(state, source).compile()

@@ -6,14 +6,22 @@ from typing import Self
 
 import tqdm
 
+from zerojax import distributed
+
 
 class Progress:
-    """One progress bar for all runs on a terminal; a plain line for each evaluation elsewhere."""
+    """One progress bar for all runs on a terminal; a plain line for each evaluation elsewhere.
+
+    Of several processes only the first shows anything.
+    """
 
     def __init__(self, num_steps: int) -> None:
         """`num_steps` are those of all runs together."""
         self._num_steps = num_steps
-        self._bar = tqdm.tqdm(total=num_steps, unit='step', disable=not sys.stderr.isatty())
+        self._silent = not distributed.is_first()
+        self._bar = tqdm.tqdm(
+            total=num_steps, unit='step', disable=self._silent or not sys.stderr.isatty()
+        )
         self._done = 0
         self.start_clock()
 
@@ -40,6 +48,8 @@ class Progress:
 
     def say(self, message: str) -> None:
         """Prints a line without disturbing the bar."""
+        if self._silent:
+            return
         if self._bar.disable:
             print(message, flush=True)
         else:

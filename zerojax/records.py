@@ -9,12 +9,15 @@ import os
 import pathlib
 import platform
 import subprocess
+import time
 from typing import Any, Self
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
-from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import RecordWriter
+from tensorboardX.summary import scalar
 
 from zerojax.errors import UsageError
 
@@ -117,6 +120,36 @@ def _git_revision() -> str | None:
     return output
 
 
+class EventFile:
+    """A TensorBoard event file of scalars, written without a thread of its own.
+
+    So a full disk is an error where it is met, which would end tensorboardX's thread unseen.
+    """
+
+    def __init__(self, folder: pathlib.Path, step: int) -> None:
+        """A new file beside those of earlier starts, whose events beyond `step` are void."""
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f'events.out.tfevents.{time.time_ns()}.{platform.node()}.{os.getpid()}'
+        self._writer = RecordWriter(str(folder / name))
+        self._write(file_version='brain.Event:2')
+        self._write(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def _write(self, **fields: Any) -> None:
+        self._writer.write(Event(wall_time=time.time(), **fields).SerializeToString())
+
+    def scalar(self, name: str, value: float, step: int) -> None:
+        """Adds one number."""
+        self._write(step=step, summary=scalar(name, value))
+
+    def flush(self) -> None:
+        """Writes what is still buffered."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Writes the rest and closes the file."""
+        self._writer.close()
+
+
 class Metrics:
     """`metrics.jsonl`, mirrored in TensorBoard event files.
 
@@ -124,31 +157,35 @@ class Metrics:
     resumed leaves the same bytes as one that was not.
     """
 
-    def __init__(self, workdir: pathlib.Path, step: int) -> None:
+    def __init__(self, workdir: pathlib.Path, step: int, *, writes: bool = True) -> None:
         """Opens the file to go on after `step`; what was written beyond it will be run again.
 
-        -1 starts anew, even if a process was killed before it saved its first checkpoint.
+        -1 starts anew, even if a process was killed before it saved its first checkpoint. Without
+        `writes` the lines are kept in memory, and the file, which another process writes, is read.
 
         Raises:
             UsageError: a line other than the last is damaged.
         """
         self._path = workdir / 'metrics.jsonl'
-        self.lines = self._keep_until(step)
+        self.lines = self._read_until(step)
+        self._writes = writes
+        if not writes:
+            return
+        beside = self._path.with_name('metrics.jsonl.tmp')
+        beside.write_text(''.join(json.dumps(record) + '\n' for record in self.lines))
+        os.replace(beside, self._path)
         self._file = open(self._path, 'a')
-        self._tensorboard = SummaryWriter(
-            str(workdir / 'tensorboard'),
-            purge_step=step + 1,
-            filename_suffix=f'.{step}.{os.getpid()}',  # a resume within a second is another file
-        )
+        self._events = EventFile(workdir / 'tensorboard', step)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._tensorboard.close()
+        if self._writes:
+            self._file.close()
+            self._events.close()
 
-    def _keep_until(self, step: int) -> list[Record]:
+    def _read_until(self, step: int) -> list[Record]:
         if not self._path.exists():
             return []
         kept = []
@@ -165,9 +202,6 @@ class Metrics:
                 ) from error
             if record['step'] <= step:
                 kept.append(record)
-        beside = self._path.with_name('metrics.jsonl.tmp')
-        beside.write_text(''.join(json.dumps(record) + '\n' for record in kept))
-        os.replace(beside, self._path)
         return kept
 
     def write(self, step: int, kind: str, **values: Any) -> None:
@@ -180,12 +214,15 @@ class Metrics:
         if last is not None and step <= last['step']:
             raise ValueError(f'{kind} at step {step} after step {last["step"]}')
         record = {'step': step, 'kind': kind, **values}
-        self._file.write(json.dumps(record, allow_nan=False) + '\n')
-        self._file.flush()
+        line = json.dumps(record, allow_nan=False)
         self.lines.append(record)
+        if not self._writes:
+            return
+        self._file.write(line + '\n')
+        self._file.flush()
         for name, value in flatten_dict(values, sep='.').items():
             if value is not None:
-                self._tensorboard.add_scalar(f'{kind}/{name}', value, step)
+                self._events.scalar(f'{kind}/{name}', value, step)
 
     def last(self, kind: str) -> Record | None:
         """The last line of a kind; None if there is none."""
@@ -197,8 +234,9 @@ class Metrics:
 
     def flush(self) -> None:
         """Returns when all lines are on disk; called before a checkpoint that presumes them."""
-        os.fsync(self._file.fileno())
-        self._tensorboard.flush()
+        if self._writes:
+            os.fsync(self._file.fileno())
+            self._events.flush()
 
 
 def params_sha256(params: Any) -> str:

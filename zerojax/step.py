@@ -236,12 +236,14 @@ def make_train_steps(
     *,
     determinism: str,
     steps_per_call: int,
+    out_shardings: Any = None,
 ) -> Any:
     """Several train steps in one dispatch: jitted (state, data, count) -> (state, last metrics).
 
     `one_step(state, data)` is pure and returns the next state and the step's metrics. `count`
     (int32 [], between 1 and `steps_per_call`) is a traced number, so all counts share one
-    executable and one arithmetic. The state's buffers are donated.
+    executable and one arithmetic. The state's buffers are donated. `out_shardings` are those of
+    (state, metrics); by default JAX chooses.
     """
 
     def many_steps(state: TrainState, data: Tree, count: jax.Array) -> tuple[TrainState, Metrics]:
@@ -257,7 +259,7 @@ def make_train_steps(
 
     # XLA's CPU convolutions lose their threads inside a loop, so one step is not wrapped in one.
     steps = single_step if steps_per_call == 1 else many_steps
-    return jit_in_mode(steps, determinism, donate_argnums=0)
+    return jit_in_mode(steps, determinism, donate_argnums=0, out_shardings=out_shardings)
 
 
 def eval_step_function(

@@ -2,6 +2,7 @@
 
 python -m zerojax.sweep --config=configs/NAME.py[:VARIANT] [--workdir=DIR] [--runs_at_once=N|auto]
                         [--seeds=N] [--grid.FIELD=VALUE,VALUE,... ...] [--config.FIELD=VALUE ...]
+                        [--distributed=auto|HOST:PORT,N,I] [--distributed_timeout=SECONDS]
 
 for example
 
@@ -23,10 +24,10 @@ Exit status: 0 success; 1 runs failed, after the others were trained; 2 a mistak
 data or workdir; 143 or 130 after SIGTERM or SIGINT, once checkpoints are saved.
 """
 
+import contextlib
 import itertools
 import json
 import pathlib
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -36,15 +37,15 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from zerojax import cli, records
+from zerojax import cli, distributed, records
 from zerojax import config as config_lib
 from zerojax.errors import RunError, UsageError
 from zerojax.precision import numbers_of
 from zerojax.prepare import checkpoint_steps, resolve
 from zerojax.program import Programs, Source, scalars_of, structure
 from zerojax.progress import Progress
-from zerojax.train import train, train_runs
-from zerojax.workdir import Workdir
+from zerojax.stop import exit_on_signals
+from zerojax.train import claim, train, train_runs
 
 Job = tuple[ConfigDict, pathlib.Path]  # a run: its config, and its folder
 
@@ -120,7 +121,8 @@ def finished(resolved: ConfigDict, workdir: pathlib.Path) -> records.Record | No
     """
     if not (workdir / 'summary.json').exists():
         return None
-    with Workdir(workdir, json.loads(json.dumps(resolved.to_dict()))):
+    with contextlib.ExitStack() as stack:
+        claim([workdir], [resolved], stack)
         return json.loads((workdir / 'summary.json').read_text())
 
 
@@ -170,7 +172,7 @@ def seconds_a_call(config: ConfigDict, runs: int, programs: Programs) -> float:
     with numbers_of(config.param_dtype):
         batched = runs if runs > 1 else None
         program = programs.program(config, programs.dataset(config), batched)
-        scalars = program.stack([scalars_of(config)] * runs)
+        scalars = program.place_scalars([scalars_of(config)] * runs)
         state = program.initial_state(scalars)
         source = Source(program.examples, program.epoch_order(state.keys['order'], 0), scalars)
         train_steps = program.compile_train_steps(state, source)
@@ -242,6 +244,7 @@ def grid_jobs(
 def run(argv: list[str]) -> None:
     """The command; `argv` are the program's name and the flags."""
     argv = list(argv)
+    cli.join_processes(argv)
     seeds = cli.take_count(argv, 'seeds', 0, least=1) or None
     text = cli.take_flag(argv, 'runs_at_once')
     at_once = None
@@ -264,8 +267,9 @@ def run(argv: list[str]) -> None:
         {'run': job[1].name, **fields, **{name: summary[name] for name in columns}}
         for (fields, job), summary in zip(jobs, summaries, strict=True)
     ]
-    records.write_csv(workdir / 'sweep.csv', rows)
-    print(f'{workdir}/sweep.csv: {len(rows)} runs')
+    if distributed.is_first():
+        records.write_csv(workdir / 'sweep.csv', rows)
+        print(f'{workdir}/sweep.csv: {len(rows)} runs')
 
 
 def main(argv: list[str]) -> int:
@@ -273,8 +277,7 @@ def main(argv: list[str]) -> int:
     if {'-h', '--help'} & set(argv[1:]):
         print(__doc__)
         return 0
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    exit_on_signals()
     return cli.exit_status(lambda: run(argv))
 
 

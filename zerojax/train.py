@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 import time
@@ -13,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from zerojax import config as config_lib
-from zerojax import determinism, figures, records, step_audit
+from zerojax import determinism, distributed, figures, records, step_audit
 from zerojax.checkpoint import Checkpoints
 from zerojax.errors import RunError, UsageError
 from zerojax.evaluate import as_record
@@ -100,7 +101,7 @@ def train_runs(
         check_backend(configs[0].determinism.mode)
         stack.enter_context(numbers_of(configs[0].param_dtype))
         program = programs.program(configs[0], dataset, len(runs) if batched else None)
-        scalars = program.stack([scalars_of(config) for config in configs])
+        scalars = program.place_scalars([scalars_of(config) for config in configs])
         state = program.initial_state(scalars)
         tickets = []
         for (_, workdir), config, its_state in zip(
@@ -109,6 +110,7 @@ def train_runs(
             check_layers(config, its_state.params)
             check_initial_weights(config, its_state.params, program)
             tickets.append(None if has_checkpoint(workdir) else load_ticket(config, its_state))
+        claim([workdir for _, workdir in runs], configs, stack)
         claimed = [
             Run(config, workdir, ticket, stack)
             for (_, workdir), config, ticket in zip(runs, configs, tickets, strict=True)
@@ -116,6 +118,24 @@ def train_runs(
         if progress is None:
             progress = stack.enter_context(Progress(configs[0].num_steps * len(runs)))
         return _train(program, state, scalars, claimed, progress, stop, started)
+
+
+def claim(
+    workdirs: list[pathlib.Path], configs: list[ConfigDict], stack: contextlib.ExitStack
+) -> None:
+    """Locks the folders until `stack` is closed; of several processes the first does it for all.
+
+    Raises:
+        UsageError: a folder is in use, cannot be written, or holds a run of another config.
+    """
+    problem = None
+    if distributed.is_first():
+        try:
+            for workdir, config in zip(workdirs, configs, strict=True):
+                stack.enter_context(Workdir(workdir, json.loads(json.dumps(config.to_dict()))))
+        except UsageError as error:
+            problem = error
+    distributed.agree(problem)
 
 
 class Run:
@@ -128,12 +148,7 @@ class Run:
         ticket: Ticket | None,
         stack: contextlib.ExitStack,
     ) -> None:
-        """Takes the folder, until `stack` is closed.
-
-        Raises:
-            UsageError: the folder is in use, cannot be written, or holds a run of another config.
-        """
-        stack.enter_context(Workdir(workdir, json.loads(json.dumps(config.to_dict()))))
+        """Opens the checkpoints, until `stack` is closed."""
         self.config = config
         self.workdir = workdir
         self.ticket = ticket
@@ -150,7 +165,9 @@ class Run:
         Raises:
             UsageError: the file is damaged, or lacks what the checkpoint presumes.
         """
-        self.metrics = stack.enter_context(records.Metrics(self.workdir, step if step > 0 else -1))
+        self.metrics = stack.enter_context(
+            records.Metrics(self.workdir, step if step > 0 else -1, writes=distributed.is_first())
+        )
         if step > 0 and self.metrics.last('eval') is None:
             raise UsageError(
                 f'--workdir={self.workdir}: has a checkpoint of step {step} but metrics.jsonl is '
@@ -223,9 +240,10 @@ class Run:
         """Writes summary and figure of a run that is at its end."""
         self.checkpoints.wait()
         summary = summarize(state, self.metrics, self.seconds_before + seconds)
-        records.write_json(self.workdir / 'summary.json', summary)
-        figure = self.workdir / 'figures' / 'run.png'
-        figures.draw_run(self.metrics.lines, summary['broken_at_step'], figure)
+        if distributed.is_first():
+            records.write_json(self.workdir / 'summary.json', summary)
+            figure = self.workdir / 'figures' / 'run.png'
+            figures.draw_run(self.metrics.lines, summary['broken_at_step'], figure)
         return summary
 
 
@@ -244,9 +262,12 @@ def restore(
     states = [
         its_state
         if run.ticket is None
-        else dataclasses.replace(its_state, **jax.device_put(run.ticket))
+        else dataclasses.replace(its_state, **jax.device_put(run.ticket, program.everywhere))
         for run, its_state in zip(runs, program.split_state(state), strict=True)
     ]
+    for run in runs:
+        for moved, folder in run.checkpoints.moved.items():
+            progress.say(f'checkpoint {moved} is damaged (its metadata); moved to {folder}')
     damaged: dict[tuple[Run, int], RunError] = {}
     steps = [set(run.checkpoints.steps) or {0} for run in runs]
     for step in sorted(set.intersection(*steps), reverse=True):
@@ -291,18 +312,28 @@ def _train(
     for run in runs:
         verb = 'RESUMING at' if run.checkpoints.latest_step is not None else 'starting at'
         progress.say(f'{verb} step {step} of {config.num_steps} in {run.workdir}')
-    manifests = [
-        records.add_start(run.workdir / 'manifest.json', step, run_facts(program)) for run in runs
-    ]
+    manifests = []
+    if distributed.is_first():
+        manifests = [
+            records.add_start(run.workdir / 'manifest.json', step, run_facts(program))
+            for run in runs
+        ]
 
     # The executables, and the training set on the device.
     steps_per_epoch = len(program.dataset.train.labels) // config.batch_size
     order_epoch = step // steps_per_epoch
     order = program.epoch_order(state.keys['order'], order_epoch)
     train_steps = program.compile_train_steps(state, Source(program.examples, order, scalars))
-    if config.determinism.mode == 'hardware' and not program.runs and 'audit' not in manifests[0]:
-        audit = audit_start(program, train_steps, state, Source(program.examples, order, scalars))
-        records.add_audit(runs[0].workdir / 'manifest.json', manifests[0], audit)
+    audited = config.determinism.mode == 'hardware' and not program.runs
+    if audited and distributed.largest(any('audit' not in each for each in manifests)):
+        source = Source(program.examples, order, scalars)
+        audit = audit_start(program, train_steps, state, source, progress)
+        for run, manifest in zip(runs, manifests, strict=False):
+            records.add_audit(run.workdir / 'manifest.json', manifest, audit)
+
+    @functools.cache
+    def on_device(count: int) -> jax.Array:
+        return jax.device_put(np.int32(count), program.everywhere)
 
     def each(*trees: Any) -> Iterator[Any]:
         """(run, its part of each tree) for the runs that have not ended with an error."""
@@ -311,12 +342,12 @@ def _train(
                 yield run, *parts
 
     def check_finite() -> None:
-        for run, at_step in each(jax.device_get(state.nonfinite_at_step)):
+        for run, at_step in each(distributed.fetch(state.nonfinite_at_step)):
             run.check_finite(int(at_step))
 
     def record_evaluation() -> None:
         evaluation, layers = program.evaluate(state), program.measure_layers(state)
-        asymmetry = jax.device_get(program.measure_asymmetry(state.params))
+        asymmetry = distributed.fetch(program.measure_asymmetry(state.params))
         unique = program.unique_features(state.params)
         for run, *measured in each(evaluation, asymmetry, unique, layers):
             run.record_evaluation(step, *measured)
@@ -338,10 +369,10 @@ def _train(
         if step == 0:
             record_evaluation()
             save()
-        last_metrics = None
+        last_metrics, stopping = None, 0
         progress.skip(step * len(runs))
         progress.start_clock()
-        while step < config.num_steps and stop.signal is None and not all(r.error for r in runs):
+        while step < config.num_steps and not stopping and not all(r.error for r in runs):
             epoch, position = divmod(step, steps_per_epoch)
             if epoch != order_epoch:
                 order, order_epoch = program.epoch_order(state.keys['order'], epoch), epoch
@@ -362,7 +393,7 @@ def _train(
             # Wait for the call before the last, so that a signal is answered soon.
             jax.block_until_ready(last_metrics)
             source = Source(program.examples, order, scalars)
-            state, last_metrics = train_steps(state, source, np.int32(count))
+            state, last_metrics = train_steps(state, source, on_device(count))
             step += count
             progress.advance(count * len(runs))
 
@@ -370,7 +401,7 @@ def _train(
             if last or step % config.log_every_steps == 0:
                 check_finite()
                 asymmetry = program.measure_asymmetry(state.params)
-                for run, *measured in each(*jax.device_get((last_metrics, asymmetry))):
+                for run, *measured in each(*distributed.fetch((last_metrics, asymmetry))):
                     run.record_step(step, *measured)
                 progress.show(**next((run.shown() for run in runs if run.error is None), {}))
             if last or step % config.eval_every_steps == 0:
@@ -380,12 +411,15 @@ def _train(
             if last or due:
                 check_finite()
                 save()
-        if step < config.num_steps and stop.signal is not None:
+            # Several processes must agree, which takes time.
+            if jax.process_count() == 1 or step % config.log_every_steps == 0:
+                stopping = distributed.largest(stop.signal or 0)
+        if step < config.num_steps and stopping:
             check_finite()
             save()
             for run in runs:
                 run.checkpoints.wait()
-            raise Stopped(stop.signal, step)
+            raise Stopped(stopping, step)
         return [
             run.error or run.finish(its_state, time.monotonic() - started)
             for run, its_state in zip(runs, program.split_state(state), strict=True)
@@ -393,7 +427,7 @@ def _train(
 
 
 def audit_start(
-    program: Program, train_steps: Any, state: TrainState, source: Source
+    program: Program, train_steps: Any, state: TrainState, source: Source, progress: Progress
 ) -> records.Record:
     """What the manifest says of the noise that the run's own executable makes on this machine.
 
@@ -408,7 +442,7 @@ def audit_start(
         compiled, program.feature_axes, AUDIT_REPEATS, program.orbits
     )
     for sentence in verdict.sentences():
-        print(f'audit: {sentence}', flush=True)
+        progress.say(f'audit: {sentence}')
     return {'seconds': round(time.monotonic() - began, 1), **verdict.record(full=False)}
 
 
@@ -423,7 +457,8 @@ def run_facts(program: Program) -> records.Record:
             'convolution': config.model.convolution,
             'param_dtype': config.param_dtype,
             'runs_at_once': program.runs or 1,
-            'mesh': None,
+            'mesh': None if program.mesh is None else dict(program.mesh.shape),
+            'processes': jax.process_count(),
         },
         'dataset': {
             'name': config.dataset.name,

@@ -41,6 +41,9 @@ class Workdir:
             ) from None
         try:
             self._claim(config)
+        except OSError as error:
+            self._lock.close()
+            raise UsageError(f'--workdir={path}: cannot be written ({error.strerror})') from error
         except BaseException:
             self._lock.close()
             raise

@@ -1,0 +1,37 @@
+"""The stress script at a small size."""
+
+import gc
+
+import jax
+import pytest
+import stress
+
+
+@pytest.fixture(scope='module')
+def fire(tmp_path_factory):
+    return stress.Fire(tmp_path_factory.mktemp('fire'), seed=0)
+
+
+def test_killed_twice(fire, capsys):
+    stress.kills(fire, 2)
+    assert 'kills: 2 of a run' in capsys.readouterr().out
+
+
+def test_terminated(fire):
+    stress.terms(fire, 2)
+
+
+# Orbax waits for the first read that fails; others may end after its event loop has closed.
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+def test_damaged_checkpoints(fire):
+    with jax.numpy_dtype_promotion('standard'):  # as a user has it
+        stress.damage(fire, 2)
+    gc.collect()
+
+
+def test_full_disks(fire):
+    stress.disk(fire, 2)
+
+
+def test_a_race(fire):
+    stress.races(fire, 1)
