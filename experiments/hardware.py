@@ -85,9 +85,9 @@ def run(experiment: runs.Experiment) -> None:
             config = runs.changed(
                 experiment.config, **{'determinism.mode': mode, 'symmetry.project': project}
             )
-            laboratory = Laboratory(config, experiment.workdir / 'trajectories')
-            print(f'-- {experiment.name}: {label}', flush=True)
-            its_runs = [laboratory.run(perturbation, seed) for seed in range(experiment.seeds)]
+            folder = experiment.workdir / 'runs' / f'{mode}{"_projected" if project else ""}'
+            laboratory = Laboratory(config, folder)
+            (its_runs,) = laboratory.run_arms({label: perturbation}, experiment.seeds).values()
             found[label] = its_runs
             rows.append(
                 {

@@ -19,6 +19,7 @@ import numpy as np
 from experiments import runs
 from experiments.trajectories import ONSET, Laboratory, Trajectory
 from zerojax import kinks, records, stability
+from zerojax.determinism import jit_in_mode
 from zerojax.perturb import NONE, Perturbation
 from zerojax.program import build_optimizer, scalars_of
 from zerojax.step import TrainState, cross_entropy, train_step_function
@@ -93,7 +94,8 @@ class Prediction(Laboratory):
 
         def compute() -> dict[str, Any]:
             state = self.initial_state(seed)
-            counting, step = self.jit(count), self.jit(self.train_step)
+            mode = self.config.determinism.mode
+            counting, step = jit_in_mode(count, mode), jit_in_mode(self.train_step, mode)
             steps = []
             for _, source in zip(range(KINK_STEPS), self.sources(state), strict=False):
                 found = jax.device_get(counting(state, source))
@@ -119,7 +121,7 @@ def predicted_onset(log_asymmetry: np.ndarray, scale: float) -> int | None:
 def measure(experiment: runs.Experiment, shortcut: str) -> dict[str, Any]:
     """All runs and predictions of one place of the shortcut."""
     config = runs.changed(experiment.config, **{'model.shortcut': shortcut})
-    laboratory = Prediction(config, experiment.workdir / 'trajectories')
+    laboratory = Prediction(config, experiment.workdir / 'runs' / shortcut)
     found: dict[str, Any] = {'measured': {}, 'linear': [], 'one_sided': [], 'kinks': []}
     for seed in range(experiment.seeds):
         print(f'-- {experiment.name}: {shortcut}, prediction, seed {seed}', flush=True)
@@ -129,13 +131,11 @@ def measure(experiment: runs.Experiment, shortcut: str) -> dict[str, Any]:
         kinked = steps_on_kinks(counted)
         exact = [kinked, *(n for n in EXACT_STEPS if n > kinked)] if kinked else []
         found['one_sided'].append({n: laboratory.one_sided(seed, n) for n in exact})
-        found['symmetric'] = laboratory.run(NONE, seed=0)
-    for scale in SCALES:
-        print(f'-- {experiment.name}: {shortcut}, scale {scale:g}', flush=True)
-        perturbation = Perturbation('gaussian', scale)
-        found['measured'][scale] = [
-            laboratory.run(perturbation, seed) for seed in range(experiment.seeds)
-        ]
+    found['symmetric'] = laboratory.run(NONE, seed=0)
+    measured = laboratory.run_arms(
+        {scale: Perturbation('gaussian', scale) for scale in SCALES}, experiment.seeds
+    )
+    found['measured'] = measured
     found['num_steps'] = laboratory.config.num_steps
     return found
 

@@ -64,13 +64,6 @@ def one_layer(laboratory: Laboratory) -> dict[str, dict[str, Perturbation]]:
     }
 
 
-def onsets(laboratory: Laboratory, p: Perturbation, seeds: int) -> list[int | None]:
-    """Of each seed."""
-    found = [laboratory.run(p, seed).onset() for seed in range(seeds)]
-    print(f'   {p.kind} {p.scale:g} count {p.count} {p.layers}: {found}', flush=True)
-    return found
-
-
 def median(onsets: list[int | None], never: float) -> float:
     return statistics.median(never if each is None else each for each in onsets)
 
@@ -108,32 +101,44 @@ def run(experiment: runs.Experiment) -> None:
     table = []
     for column, shortcut in enumerate(SHORTCUTS):
         config = runs.changed(experiment.config, **{'model.shortcut': shortcut})
-        laboratory = Laboratory(config, experiment.workdir / 'trajectories')
+        laboratory = Laboratory(config, experiment.workdir / 'runs' / shortcut)
         num_steps = laboratory.config.num_steps
         never = num_steps + 1
-        print(f'-- {experiment.name}: {shortcut}', flush=True)
+        everywhere, alone = all_layers(), one_layer(laboratory)
+        perturbations = {
+            (source, value): perturbation
+            for source, axis in everywhere.items()
+            for value, perturbation in axis
+        } | {
+            (source, path): perturbation
+            for source, by_path in alone.items()
+            for path, perturbation in by_path.items()
+        }
+        onsets = {
+            where: [each.onset() for each in its_runs]
+            for where, its_runs in laboratory.run_arms(perturbations, experiment.seeds).items()
+        }
         rows: list[str] = []
         cells: list[list[tuple[str, float] | None]] = []
-        for source, axis in all_layers().items():
+        for source, axis in everywhere.items():
             rows.append(source)
             cells.append([])
-            for value, perturbation in axis:
-                found = onsets(laboratory, perturbation, experiment.seeds)
+            for value, _ in axis:
+                found = onsets[source, value]
                 cells[-1].append((f'{value:g}\n{shown(found)}', median(found, never)))
                 table.append(row(shortcut, source, value, 'all', found))
         draw_grid(panels[0, column], rows, cells, num_steps)
         panels[0, column].set_title(f'shortcut {shortcut}: scale, and step of onset')
 
         by_parameter: dict[str, list[tuple[str, float] | None]] = {}
-        sources = one_layer(laboratory)
-        for j, (source, perturbations) in enumerate(sources.items()):
-            for path, perturbation in perturbations.items():
-                found = onsets(laboratory, perturbation, experiment.seeds)
-                line = by_parameter.setdefault(path, [None] * len(sources))
+        for j, (source, by_path) in enumerate(alone.items()):
+            for path, perturbation in by_path.items():
+                found = onsets[source, path]
+                line = by_parameter.setdefault(path, [None] * len(alone))
                 line[j] = (shown(found), median(found, never))
                 table.append(row(shortcut, source, float(perturbation.scale), path, found))
         draw_grid(panels[1, column], list(by_parameter), list(by_parameter.values()), num_steps)
-        panels[1, column].set_title(' | '.join(sources))
+        panels[1, column].set_title(' | '.join(alone))
     runs.save_figure(experiment, figure)
     runs.write_table(experiment, table)
 

@@ -24,27 +24,40 @@ LEFT_EDGE = -40.0  # decades, of the figure; what was tried below is drawn there
 SHORTCUTS = ('pre_relu', 'post_relu')
 
 
-def smallest_scale(laboratory: Laboratory, seed: int, lowest: float) -> tuple[float, list[Any]]:
-    """Log10 of the smallest scale that starts training, and (log10, onset) of all that were tried.
+Tried = dict[float, int | None]  # onset of each scale, by its log10
 
-    Minus infinity if already 10^lowest does. Presumes that more noise never starts later.
+
+def smallest_scales(laboratory: Laboratory, seeds: int, lowest: float) -> list[tuple[float, Tried]]:
+    """For each seed log10 of the smallest scale that starts training, and all that were tried.
+
+    Minus infinity if already 10^lowest does. Presumes that more noise never starts later. The
+    bisections of all seeds go on side by side, so that their runs can share a batched program.
     """
-    tried = []
+    tried: list[Tried] = [{} for _ in range(seeds)]
+    low, high = [lowest] * seeds, [0.0] * seeds
 
-    def starts(decades: float) -> bool:
-        onset = laboratory.run(Perturbation('gaussian', 10.0**decades), seed).onset()
-        tried.append((decades, onset))
-        return onset is not None
+    def run(chosen: dict[int, float]) -> None:
+        wanted = [(Perturbation('gaussian', 10.0**x), seed) for seed, x in chosen.items()]
+        for (seed, x), trajectory in zip(chosen.items(), laboratory.run_all(wanted), strict=True):
+            tried[seed][x] = trajectory.onset()
 
-    low, high = lowest, 0.0
-    if starts(low):
-        return -np.inf, tried
-    if not starts(high):
-        return np.inf, tried
-    while high - low > RESOLUTION:
-        middle = (low + high) / 2
-        low, high = (low, middle) if starts(middle) else (middle, high)
-    return high, tried
+    run(dict.fromkeys(range(seeds), lowest))
+    run(dict.fromkeys(range(seeds), 0.0))
+    found = {}
+    for seed in range(seeds):
+        if tried[seed][lowest] is not None:
+            found[seed] = -np.inf
+        elif tried[seed][0.0] is None:
+            found[seed] = np.inf
+    while middles := {
+        seed: (low[seed] + high[seed]) / 2
+        for seed in range(seeds)
+        if seed not in found and high[seed] - low[seed] > RESOLUTION
+    }:
+        run(middles)
+        for seed, middle in middles.items():
+            (low if tried[seed][middle] is None else high)[seed] = middle
+    return [(found.get(seed, high[seed]), tried[seed]) for seed in range(seeds)]
 
 
 def describe(decades: float, lowest: float) -> str:
@@ -88,24 +101,20 @@ def run(experiment: runs.Experiment) -> None:
             config = runs.changed(
                 experiment.config, **{'model.shortcut': shortcut, 'param_dtype': dtype}
             )
-            laboratory = Laboratory(config, experiment.workdir / 'trajectories')
-            smallest, onsets, tried = [], [], []
-            for seed in range(experiment.seeds):
-                print(f'-- {experiment.name}: {shortcut}, {dtype}, seed {seed}', flush=True)
-                decades, its_tried = smallest_scale(laboratory, seed, lowest)
-                smallest.append(decades)
-                onsets.append(dict(its_tried).get(max(decades, lowest), None))
-                tried += its_tried
-            found[shortcut, dtype] = tried
+            laboratory = Laboratory(config, experiment.workdir / 'runs' / f'{shortcut}_{dtype}')
+            smallest = smallest_scales(laboratory, experiment.seeds, lowest)
+            found[shortcut, dtype] = [each for _, tried in smallest for each in tried.items()]
             rows.append(
                 {
                     'shortcut': shortcut,
                     'weights': dtype,
                     'n': experiment.seeds,
                     'smallest scale that starts training': ', '.join(
-                        describe(each, lowest) for each in smallest
+                        describe(each, lowest) for each, _ in smallest
                     ),
-                    'onset there (step)': ', '.join(map(str, onsets)),
+                    'onset there (step)': ', '.join(
+                        str(tried.get(max(each, lowest))) for each, tried in smallest
+                    ),
                 }
             )
     draw(experiment, found, laboratory.config.num_steps)

@@ -51,15 +51,12 @@ def run(experiment: runs.Experiment) -> None:
     rows = []
     for shortcut in SHORTCUTS:
         config = runs.changed(experiment.config, **{'model.shortcut': shortcut})
-        laboratory = Laboratory(config, experiment.workdir / 'trajectories')
-        found[shortcut] = {}
-        for at_step in (*STEPS, None):
-            perturbation = NONE
-            if at_step is not None:
-                perturbation = Perturbation('gaussian', scale, at_step=at_step)
-            print(f'-- {experiment.name}: {shortcut}, step {at_step}', flush=True)
-            its_runs = [laboratory.run(perturbation, seed) for seed in range(experiment.seeds)]
-            found[shortcut][at_step] = its_runs
+        laboratory = Laboratory(config, experiment.workdir / 'runs' / shortcut)
+        arms: dict[int | None, Perturbation] = {
+            at_step: Perturbation('gaussian', scale, at_step=at_step) for at_step in STEPS
+        }
+        found[shortcut] = laboratory.run_arms(arms | {None: NONE}, experiment.seeds)
+        for at_step, its_runs in found[shortcut].items():
             waits = [] if at_step is None else delays(at_step, its_runs)
             rows.append(
                 {

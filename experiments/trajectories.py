@@ -1,32 +1,32 @@
 """Many short runs that differ in their perturbation: loss and asymmetry at every step.
 
-`zerojax.train` would compile, evaluate and save anew for each of them. Here all runs of one config
-and one kind of perturbation share a compiled step, in which the scale is an argument. Every
-finished run is a JSON file named by a hash of all that decides it, so an experiment that is stopped
-goes on where it was, and a run of another config is never taken for it.
+They are runs of `zerojax.sweep` that log each step and evaluate at the end alone, each in a folder
+named by its perturbation and seed. What is predicted from an unperturbed run is no run of its own:
+it is kept in JSON files beside, named by a hash of all that decides them, so that an experiment
+that is stopped goes on where it was.
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments.runs import dataset_of
+from experiments import runs
 from zerojax import config as config_lib
-from zerojax import determinism, records, symmetry
-from zerojax.perturb import NONE, WEIGHT_KINDS, Perturbation, perturb_weights
+from zerojax import records
+from zerojax.perturb import NONE, Perturbation
 from zerojax.precision import numbers_of
 from zerojax.prepare import resolve
-from zerojax.program import Program, Source, build_optimizer, scalars_of
-from zerojax.step import TrainState, train_step_function
+from zerojax.program import Programs, Source, scalars_of
+from zerojax.step import TrainState
+from zerojax.sweep import Job, folder_name, sweep
+
+Arm = TypeVar('Arm')
 
 ONSET = 0.1  # asymmetry from which on features are as good as different; see docs/findings.md
 
@@ -58,40 +58,71 @@ def first_at_least(asymmetry: np.ndarray, threshold: float) -> int | None:
     return int(reached[0]) + 1 if len(reached) else None
 
 
-def perturb_state(perturbation: Perturbation, feature_axes: Any, state: TrainState) -> TrainState:
-    """The state with its weights perturbed as before the gradient of its step is taken."""
-    key = state.keys['perturbation']
-    params = perturb_weights(perturbation, state.params, key, state.step, feature_axes)
-    return dataclasses.replace(state, params=params)
+def read_trajectory(workdir: pathlib.Path) -> Trajectory:
+    """That of a finished run that logged each step."""
+    summary = json.loads((workdir / 'summary.json').read_text())
+    lines = [
+        line
+        for line in map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
+        if line['kind'] == 'train'
+    ]
+    return Trajectory(
+        np.array([line['loss'] for line in lines]),
+        np.array([line['asymmetry'] for line in lines]),
+        summary['eval_accuracy'],
+        summary['broken_at_step'],
+    )
 
 
 class Laboratory:
-    """Runs of one config, whatever its perturbation; their results are kept in `folder`."""
+    """Runs of one config, whatever its perturbation and seed; each has a folder in `folder`."""
 
     def __init__(self, config: ConfigDict, folder: pathlib.Path) -> None:
         config_lib.check(config)
-        self.dataset = dataset_of(config)
-        self.config = resolve(config, self.dataset)
         self.folder = folder
-        self.program = Program(self.config, self.dataset)
+        self.programs = Programs()
+        dataset = self.programs.dataset(config)
+        num_steps = resolve(config, dataset).num_steps
+        config = runs.changed(
+            config,
+            log_every_steps=1,
+            eval_every_steps=num_steps,
+            checkpoint_every_steps=num_steps,
+            **{f'perturbation.{name}': value for name, value in vars(NONE).items()},
+        )
+        self.config = resolve(config, dataset)
+        self.program = self.programs.program(self.config, dataset, None)
+        self.dataset = dataset
         self.model = self.program.model
         self.make_batch = self.program.make_batch
         self.axes = self.program.feature_axes
         self.orbits = self.program.orbits
-        self.jit = functools.partial(determinism.jit_in_mode, mode=self.config.determinism.mode)
-        self._executables: dict[Perturbation, Any] = {}
 
     def run(self, perturbation: Perturbation = NONE, seed: int = 0) -> Trajectory:
         """The run of a perturbation and seed, which decides everything random in it."""
-        result = self.remember(
-            lambda: self._simulate(perturbation, seed), seed=seed, perturbation=vars(perturbation)
+        (trajectory,) = self.run_all([(perturbation, seed)])
+        return trajectory
+
+    def run_all(self, wanted: Sequence[tuple[Perturbation, int]]) -> list[Trajectory]:
+        """The runs of perturbations and seeds, in this order; one sweep."""
+        sweep([self._job(*each) for each in dict.fromkeys(wanted)], programs=self.programs)
+        return [read_trajectory(self._job(*each)[1]) for each in wanted]
+
+    def run_arms(self, arms: dict[Arm, Perturbation], seeds: int) -> dict[Arm, list[Trajectory]]:
+        """The runs of each arm, those of the seeds 0 to `seeds` - 1; one sweep."""
+        found = iter(self.run_all([(p, seed) for p in arms.values() for seed in range(seeds)]))
+        return {arm: [next(found) for _ in range(seeds)] for arm in arms}
+
+    def _job(self, perturbation: Perturbation, seed: int) -> Job:
+        fields = vars(perturbation)
+        named = {name: x for name, x in fields.items() if x != getattr(NONE, name)} | {'seed': seed}
+        config = runs.changed(
+            self.config,
+            seed=seed,
+            **{f'perturbation.{name}': value for name, value in fields.items()},
+            **{'perturbation.seed': seed},
         )
-        return Trajectory(
-            np.array(result['loss'], float),  # null becomes NaN
-            np.array(result['asymmetry'], float),
-            result['accuracy'],
-            result['broken_at_step'],
-        )
+        return config, self.folder / folder_name(named)
 
     def remember(self, compute: Callable[[], records.Record], **what: Any) -> records.Record:
         """What `compute` returns, computed only once for this config and these fields."""
@@ -118,48 +149,3 @@ class Laboratory:
             if position == 0:
                 order = self.program.epoch_order(state.keys['order'], epoch)
             yield Source(self.program.examples, order, scalars)
-
-    def _simulate(self, perturbation: Perturbation, seed: int) -> records.Record:
-        p, once = perturbation, None
-        if p.kind in WEIGHT_KINDS and not p.every:  # outside the step, which all of these share
-            p, once = NONE, self.jit(functools.partial(perturb_state, perturbation, self.axes))
-        step = self._executable(p)
-        state = self.initial_state(seed)
-        measured = []
-        for number, source in enumerate(self.sources(state)):
-            if once is not None and number == perturbation.at_step:
-                state = once(state)
-            state, values = step(state, source, float(p.scale))
-            measured.append(values)
-        measured = jax.device_get(measured)
-        curves = {
-            name: [float(each[name]) if np.isfinite(each[name]) else None for each in measured]
-            for name in ('loss', 'asymmetry')
-        }
-        broken = int(state.broken_at_step)
-        return {
-            **curves,
-            'accuracy': float(self.program.evaluate(state)['accuracy']),
-            'broken_at_step': None if broken < 0 else broken,
-        }
-
-    def _executable(self, perturbation: Perturbation) -> Any:
-        """Jitted (state, source, scale) -> (state, {'loss', 'asymmetry'}) for any scale."""
-        kind = dataclasses.replace(perturbation, scale=0.0)
-        if kind not in self._executables:
-
-            def step(state: TrainState, source: Source, scale: jax.Array) -> Any:
-                train_step = train_step_function(
-                    self.model,
-                    build_optimizer(self.config, source.scalars),
-                    perturbation=dataclasses.replace(kind, scale=scale),
-                    project=self.config.symmetry.project,
-                    orbits=self.orbits,
-                )
-                state, metrics = train_step(state, self.make_batch(state, source))
-                by_layer = symmetry.asymmetry(state.params, self.axes, self.orbits)
-                largest = jnp.max(jnp.stack(list(by_layer.values())))
-                return state, {'loss': metrics['loss'], 'asymmetry': largest}
-
-            self._executables[kind] = self.jit(step)
-        return self._executables[kind]

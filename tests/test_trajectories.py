@@ -1,6 +1,7 @@
 """Short runs beside `zerojax.train`, and the experiments that are made of them."""
 
 import csv
+import functools
 import json
 import math
 
@@ -10,6 +11,8 @@ import pytest
 
 from experiments import hardware, onset, runs, sources, threshold, timing, trajectories
 from experiments.trajectories import Laboratory, Trajectory
+from zerojax.config import build_perturbation
+from zerojax.errors import UsageError
 from zerojax.perturb import NONE, Perturbation
 from zerojax.train import train
 
@@ -36,25 +39,30 @@ class Fake:
     def __init__(self):
         self.simulated = []
 
-    def simulate(self, laboratory, perturbation, seed):
-        self.simulated.append((laboratory.config, perturbation, seed))
-        config, p = laboratory.config, perturbation
-        starts = p.kind == 'ulp' or (p != NONE and math.log10(p.scale) >= self.floor)
+    def sweep(self, jobs, programs):
+        for config, workdir in jobs:
+            if not workdir.exists():
+                self.simulated.append((config, build_perturbation(config), config.seed))
+                self.simulate(config, build_perturbation(config), workdir)
+
+    def simulate(self, config, p, workdir):
+        starts = p.kind == 'ulp' or (p.kind != 'none' and math.log10(p.scale) >= self.floor)
         asymmetry = np.zeros(config.num_steps)
         if starts and not config.symmetry.project:
             asymmetry[p.at_step :] = np.geomspace(1e-3, 1, config.num_steps - p.at_step)
-        return {
-            'loss': [2.0] * config.num_steps,
-            'asymmetry': asymmetry.tolist(),
-            'accuracy': 0.5,
-            'broken_at_step': p.at_step if asymmetry.any() else None,
-        }
+        workdir.mkdir(parents=True)
+        lines = [{'kind': 'train', 'loss': 2.0, 'asymmetry': x} for x in asymmetry]
+        lines.append({'kind': 'eval', 'loss': 2.0})
+        (workdir / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+        broken_at_step = p.at_step if asymmetry.any() else None
+        summary = {'eval_accuracy': 0.5, 'broken_at_step': broken_at_step}
+        (workdir / 'summary.json').write_text(json.dumps(summary))
 
 
 @pytest.fixture
 def fake(monkeypatch) -> Fake:
     fake = Fake()
-    monkeypatch.setattr(Laboratory, '_simulate', lambda *args: fake.simulate(*args))
+    monkeypatch.setattr(trajectories, 'sweep', fake.sweep)
     return fake
 
 
@@ -82,15 +90,30 @@ def test_a_trajectory_is_that_of_a_run(config, tmp_path):
     assert got.broken_at_step == summary['broken_at_step'] == 2
 
 
-def test_what_was_computed_is_remembered_for_this_config_alone(config, tmp_path, fake):
+def test_finished_runs_are_not_run_again_and_never_taken_for_others(config, tmp_path):
     laboratory = Laboratory(config, tmp_path)
-    for perturbation in (NONE, NONE, Perturbation('gaussian', 1e-6)):
-        laboratory.run(perturbation)
-    assert len(fake.simulated) == 2
-    laboratory.run(NONE, seed=1)
+    wanted = [(NONE, 0), (Perturbation('gaussian', 1e-6), 1), (NONE, 0)]
+    first, _, same = laboratory.run_all(wanted)
+    assert np.array_equal(first.loss, same.loss)
+    manifests = sorted(tmp_path.glob('*/manifest.json'))
+    assert len(manifests) == 2
+    times = [file.stat().st_mtime_ns for file in manifests]
+    laboratory.run_all(wanted)
+    assert [file.stat().st_mtime_ns for file in manifests] == times
     config.optimizer.learning_rate *= 2
-    Laboratory(config, tmp_path).run(NONE)
-    assert len(fake.simulated) == 4
+    with pytest.raises(UsageError, match='holds a run of another config'):
+        Laboratory(config, tmp_path).run(NONE)
+
+
+def test_predictions_are_remembered_for_this_config_alone(config, tmp_path):
+    for learning_rate in (0.1, 0.1, 0.2):
+        config.optimizer.learning_rate = learning_rate
+        laboratory = Laboratory(config, tmp_path)
+        for seed in (0, 1):
+            compute = functools.partial(dict, value=[seed, learning_rate])
+            got = laboratory.remember(compute, seed=seed)
+            assert got['value'] == [seed, learning_rate]
+    assert len(list(tmp_path.glob('*.json'))) == 4
 
 
 def test_onset_counts_updates():
@@ -105,12 +128,12 @@ def test_onset_counts_updates():
 )
 def test_bisection_finds_the_threshold(lowest, floor, want, config, tmp_path, fake):
     fake.floor = floor
-    got, tried = threshold.smallest_scale(Laboratory(config, tmp_path), 0, lowest)
+    ((got, tried),) = threshold.smallest_scales(Laboratory(config, tmp_path), 1, lowest)
     if math.isinf(want):
         assert got == want
     else:
         assert want <= got <= want + threshold.RESOLUTION
-    assert all((step is not None) == (decades >= floor) for decades, step in tried)
+    assert all((step is not None) == (decades >= floor) for decades, step in tried.items())
 
 
 def test_threshold(experiment, fake):
@@ -162,7 +185,7 @@ def test_hardware(experiment, fake):
     for arm, row in rows.items():
         starts = arm.startswith('injected') and 'projected' not in arm
         assert row['step of onset'] == ('4, 4' if starts else 'never, never')
-    modes = {config.determinism.mode for config, p, _ in fake.simulated if p == NONE}
+    modes = {config.determinism.mode for config, p, _ in fake.simulated if p.kind == 'none'}
     assert modes == {'hardware', 'deterministic'}
     audit = json.loads((experiment.workdir / 'audit.json').read_text())
     assert audit['floor'] == 0

@@ -52,13 +52,16 @@ Job = tuple[ConfigDict, pathlib.Path]  # a run: its config, and its folder
 MEASURED_CALLS = 3
 
 
-def sweep(jobs: Sequence[Job], runs_at_once: int | None = None) -> list[records.Record]:
+def sweep(
+    jobs: Sequence[Job], runs_at_once: int | None = None, programs: Programs | None = None
+) -> list[records.Record]:
     """Trains all runs that are not finished yet; their summaries, in the order of `jobs`.
 
     Args:
         jobs: config and folder of each run; the folders differ.
         runs_at_once: how many runs of one structure (see `zerojax.program`) are computed as one
             batched program; None: what is measured to be fastest on this backend.
+        programs: shared by sweeps that follow one another, so that they do not compile anew.
 
     Raises:
         UsageError: a config or a folder is wrong; nothing was trained if it is a config.
@@ -75,7 +78,7 @@ def sweep(jobs: Sequence[Job], runs_at_once: int | None = None) -> list[records.
                 f'--runs_at_once={runs_at_once}: must be 1 with determinism.mode=hardware, where '
                 'each run is audited'
             )
-    programs = Programs()
+    programs = programs or Programs()
     resolved = [resolve(config, programs.dataset(config)) for config, _ in jobs]
     summaries = [finished(c, workdir) for c, (_, workdir) in zip(resolved, jobs, strict=True)]
     pending: dict[str, list[int]] = {}
@@ -236,9 +239,13 @@ def grid_jobs(
         changed = config.copy_and_resolve_references()
         changed.update_from_flattened_dict(fields)
         named = {k: v for k, v in fields.items() if seeds is None or k != 'perturbation.seed'}
-        name = ','.join(f'{field}={value}' for field, value in named.items()) or 'run'
-        safe = ''.join(c if c.isalnum() or c in '.,=-_' else '_' for c in name)
-        yield fields, (changed, workdir / safe)
+        yield fields, (changed, workdir / folder_name(named))
+
+
+def folder_name(fields: dict[str, Any]) -> str:
+    """Name of the folder of a run that differs from others in these fields."""
+    name = ','.join(f'{field}={value}' for field, value in fields.items()) or 'run'
+    return ''.join(c if c.isalnum() or c in '.,=-_' else '_' for c in name)
 
 
 def run(argv: list[str]) -> None:
