@@ -25,6 +25,7 @@ table.csv. All rows take forty minutes on two CPU cores; docs/performance.md kee
 
 import dataclasses
 import importlib.metadata
+import importlib.util
 import json
 import os
 import pathlib
@@ -34,7 +35,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from zerojax.errors import RunError, UsageError
@@ -107,32 +108,58 @@ def random_dataset(row: Row) -> Any:
     return Dataset(split(max(2 * row.batch_size, 500)), split(500), num_classes=10)
 
 
-def spread(times: list[float]) -> dict[str, float]:
-    """Median, smallest and largest."""
-    return {'median': statistics.median(times), 'least': min(times), 'most': max(times)}
+Spread = dict[str, float]  # 'median', 'least' and 'most' of several measurements
 
 
-def calls_that_take(seconds: float, call: Callable[[], Any]) -> int:
-    """How often to call it for that time; it must wait for its result."""
-    call()
-    began = time.perf_counter()
-    call()
-    return max(1, round(seconds / (time.perf_counter() - began)))
+def spread(values: Sequence[float]) -> Spread:
+    return {'median': statistics.median(values), 'least': min(values), 'most': max(values)}
+
+
+def rates(amount: float, seconds: Spread) -> Spread:
+    """Amount a second."""
+    return {
+        'median': amount / seconds['median'],
+        'least': amount / seconds['most'],
+        'most': amount / seconds['least'],
+    }
+
+
+def repeat(call: Callable[[], Any]) -> Callable[[int], None]:
+    """A function that makes n calls, each of which waits for its result."""
+
+    def calls(n: int) -> None:
+        for _ in range(n):
+            call()
+
+    return calls
 
 
 def time_in_turns(
-    calls: Mapping[str, Callable[[], Any]], repetitions: int
-) -> dict[str, dict[str, float]]:
-    """Seconds of each call, which take turns, so that a slow moment of the machine hits all."""
-    number = max(calls_that_take(SECONDS, call) for call in calls.values())
+    calls: Mapping[str, Callable[[int], None]], repetitions: int
+) -> dict[str, Spread]:
+    """Seconds of one call of each, which take turns, so that a slow moment of the machine hits all.
+
+    `calls` are functions that make n calls and wait for the last. All make as many in a repetition,
+    so that the fastest takes `SECONDS` at least.
+    """
+    number = 1
+    for call in calls.values():
+        call(1)  # to warm up
+        began = time.perf_counter()
+        call(1)
+        number = max(number, round(SECONDS / (time.perf_counter() - began)))
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repetitions):
         for name, call in calls.items():
             began = time.perf_counter()
-            for _ in range(number):
-                call()
+            call(number)
             times[name].append((time.perf_counter() - began) / number)
     return {name: spread(each) for name, each in times.items()}
+
+
+def time_alone(call: Callable[[int], None], repetitions: int) -> Spread:
+    """`time_in_turns` of one."""
+    return time_in_turns({'': call}, repetitions)['']
 
 
 class Stepper:
@@ -153,18 +180,24 @@ class Stepper:
         self.count = np.int32(config.steps_per_call)
         self.executable = self.program.compile_train_steps(self.state, self.source)
 
-    def __call__(self) -> None:
+    def __call__(self, calls: int) -> None:
+        """Makes so many calls, each one of `count` train steps, and waits for the last."""
         import jax
 
-        self.state, metrics = self.executable(self.state, self.source, self.count)
-        jax.block_until_ready(metrics)
+        metrics: Any = None
+        for _ in range(calls):
+            jax.block_until_ready(metrics)  # of the call before, as `zerojax.train` does
+            self.state, metrics = self.executable(self.state, self.source, self.count)
+        jax.block_until_ready(self.state)
 
 
 def first_step(row: Row) -> bool:
     """Comes to the end of the first train step."""
+    import numpy as np
+
     stepper = Stepper(build_config(row), random_dataset(row))
-    stepper.count = stepper.count // stepper.count
-    stepper()
+    stepper.count = np.int32(1)
+    stepper(1)
     return True
 
 
@@ -176,8 +209,8 @@ def matrix_peak(precision: str, repetitions: int) -> float:
     size = 2048 if jax.default_backend() == 'cpu' else 8192
     x = jnp.ones((size, size), precision)
     product = jax.jit(lambda x: x @ x)
-    times = time_in_turns({'': lambda: product(x).block_until_ready()}, repetitions)
-    return 2 * size**3 / times['']['least']
+    times = time_alone(repeat(lambda: product(x).block_until_ready()), repetitions)
+    return 2 * size**3 / times['least']
 
 
 def peak_memory() -> int:
@@ -196,21 +229,24 @@ def measure(row: Row, repetitions: int) -> dict[str, Any]:
     dataset = random_dataset(row)
     config = build_config(row)
     step = Stepper(config, dataset)
-    began = time.perf_counter()
-    step()
+    step(1)
     memory = peak_memory()
     count, program = int(step.count), step.program
     analysis = step.executable.cost_analysis()
-    alone = time_in_turns({'': step}, repetitions)['']
+    alone = time_alone(step, repetitions)
 
     hardware = build_config(row)
     hardware.determinism.mode = 'hardware'
     projected = build_config(row)
     projected.symmetry.project = True
-    turns = {'plain': step}
-    turns['hardware'] = Stepper(hardware, dataset)
-    turns['projected'] = Stepper(projected, dataset)
-    in_turns = time_in_turns(turns, repetitions)
+    in_turns = time_in_turns(
+        {
+            'plain': step,
+            'hardware': Stepper(hardware, dataset),
+            'projected': Stepper(projected, dataset),
+        },
+        repetitions,
+    )
 
     def evaluate() -> None:
         program.evaluate(step.state)
@@ -220,12 +256,11 @@ def measure(row: Row, repetitions: int) -> dict[str, Any]:
         jax.block_until_ready(program.measure_asymmetry(step.state.params))
         program.unique_features(step.state.params)
 
-    evaluation = time_in_turns({'': evaluate}, repetitions)['']
-    measured = time_in_turns({'': measurements}, repetitions)['']
+    evaluation = time_alone(repeat(evaluate), repetitions)
+    measured = time_alone(repeat(measurements), repetitions)
     return {
-        'device': jax.devices()[0].device_kind,
-        'train': {name: row.batch_size * count / x for name, x in alone.items()},
-        'evaluation': {name: len(dataset.eval.labels) / x for name, x in evaluation.items()},
+        'train': rates(row.batch_size * count, alone),
+        'evaluation': rates(len(dataset.eval.labels), evaluation),
         'milliseconds a step': alone['median'] / count * 1e3,
         'flops a step': analysis['flops'],
         'peak': matrix_peak(row.precision, repetitions),
@@ -233,75 +268,6 @@ def measure(row: Row, repetitions: int) -> dict[str, Any]:
         'deterministic over hardware': in_turns['plain']['median'] / in_turns['hardware']['median'],
         'projected over plain': in_turns['projected']['median'] / in_turns['plain']['median'],
         'measurements in steps': measured['median'] / (alone['median'] / count),
-        'seconds': time.perf_counter() - began,
-    }
-
-
-def build_torch_model(row: Row) -> Any:
-    """ConstNet for PyTorch: the same layers in the same order; weights do not matter for time."""
-    import torch
-    from torch import nn
-
-    class Block(nn.Module):
-        def __init__(self, features: int, new: int, stride: int) -> None:
-            super().__init__()
-            self.bn = nn.BatchNorm2d(features)
-            self.conv = nn.Conv2d(features, new, 3, stride, padding=1, bias=False)
-            self.shortcut = None
-            if features != new:
-                self.shortcut = nn.Conv2d(features, new, 1, stride, bias=False)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = torch.relu(self.bn(x))
-            return self.conv(y) + (x if self.shortcut is None else self.shortcut(y))
-
-    class ConstNet(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.stem = nn.Conv2d(row.channels, 16, 3, padding=1, bias=False)
-            blocks, features = [], 16
-            for stage in range(3):
-                for layer in range((row.depth - 4) // 3):
-                    new = 16 * row.width * 2**stage
-                    blocks.append(Block(features, new, 2 if stage > 0 and layer == 0 else 1))
-                    features = new
-            self.blocks = nn.Sequential(*blocks)
-            self.head = nn.Linear(features, 10)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.head(torch.relu(self.blocks(self.stem(x))).mean((2, 3)))
-
-    return ConstNet()
-
-
-def measure_torch(row: Row, repetitions: int, *, compiled: bool) -> dict[str, Any]:
-    """Images a second of training in PyTorch."""
-    import torch
-
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    model = build_torch_model(row).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), 0.03, momentum=0.9, weight_decay=5e-4)
-    images = torch.randn(row.batch_size, row.channels, row.size, row.size, device=device)
-    images = images.to(memory_format=torch.channels_last)
-    labels = torch.randint(10, (row.batch_size,), device=device)
-    network = model
-    if compiled:
-        network = torch.compile(model, mode='max-autotune' if device == 'cuda' else None)
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device, torch.bfloat16, enabled=row.precision == 'bfloat16'):
-            loss = torch.nn.functional.cross_entropy(network(images), labels)
-        loss.backward()
-        optimizer.step()
-        if device == 'cuda':
-            torch.cuda.synchronize()
-
-    times = time_in_turns({'': step}, repetitions)['']
-    return {
-        'train': {name: row.batch_size / x for name, x in times.items()},
-        'threads': torch.get_num_threads(),
-        'version': torch.__version__,
     }
 
 
@@ -344,20 +310,20 @@ def child(text: str) -> None:
         from experiments import runs
 
         found = {'backend': jax.default_backend(), 'text': runs.machine()}
-    elif kind == 'torch version':
-        found = importlib.metadata.version('torch')
     elif kind == 'first step':
         found = first_step(Row(**fields))
     elif kind == 'jax':
         found = measure(Row(**fields), repetitions)
     else:
-        found = measure_torch(Row(**fields), repetitions, compiled=kind == 'torch.compile')
+        from experiments import benchmark_torch
+
+        compiled = kind == 'torch.compile'
+        found = benchmark_torch.measure(Row(**fields), repetitions, compiled=compiled)
     print(json.dumps(found))
 
 
-def images_a_second(found: dict[str, float]) -> str:
-    """Median (smallest to largest); `found` was made from times, whose least is the fastest."""
-    return f'{found["median"]:.4g} ({found["most"]:.4g} to {found["least"]:.4g})'
+def shown(found: Spread) -> str:
+    return f'{found["median"]:.4g} ({found["least"]:.4g} to {found["most"]:.4g})'
 
 
 def measure_row(row: Row, repetitions: int, *, with_torch: bool) -> dict[str, Any]:
@@ -384,8 +350,8 @@ def measure_row(row: Row, repetitions: int, *, with_torch: bool) -> dict[str, An
         'precision': row.precision,
         'first step, cold (warm), s': f'{cold:.1f} ({warm:.1f})',
         'ms a step': f'{found["milliseconds a step"]:.4g}',
-        'train images/s': images_a_second(found['train']),
-        'evaluation images/s': images_a_second(found['evaluation']),
+        'train images/s': shown(found['train']),
+        'evaluation images/s': shown(found['evaluation']),
         'GFLOP a step': f'{found["flops a step"] / 1e9:.4g}',
         'peak, GFLOP/s': f'{found["peak"] / 1e9:.4g}',
         'of peak': f'{100 * flops / found["peak"]:.0f}%',
@@ -393,10 +359,8 @@ def measure_row(row: Row, repetitions: int, *, with_torch: bool) -> dict[str, An
         'deterministic / hardware': f'{found["deterministic over hardware"]:.3f}',
         'projected / plain': f'{found["projected over plain"]:.3f}',
         'measurements, steps': f'{found["measurements in steps"]:.2g}',
-        'PyTorch eager, images/s': '-' if eager is None else images_a_second(eager['train']),
-        'PyTorch compiled, images/s': (
-            '-' if compiled is None else images_a_second(compiled['train'])
-        ),
+        'PyTorch eager, images/s': '-' if eager is None else shown(eager['train']),
+        'PyTorch compiled, images/s': '-' if compiled is None else shown(compiled['train']),
         'over best PyTorch': (
             '-' if beside is None else f'{found["train"]["median"] / beside:.2f}'
         ),
@@ -415,7 +379,9 @@ def run(argv: list[str]) -> None:
     chosen = cli.take_flag(argv, 'rows')
     if len(argv) > 1:
         raise UsageError(f'command line: unexpected argument {argv[1]!r}')
-    machine = in_process('machine')[0]
+    machine, _ = in_process('machine')
+    if machine is None:
+        raise RunError('JAX finds no device it can use, see the line above')
     rows = {row.name: row for row in all_rows(machine['backend'])}
     if chosen is not None:
         for name in chosen.split(','):
@@ -424,7 +390,7 @@ def run(argv: list[str]) -> None:
         rows = {name: rows[name] for name in chosen.split(',')}
     if machine['backend'] == 'cpu':
         print('no accelerator here: the CPU is measured', flush=True)
-    torch_version = in_process('torch version')[0]
+    torch_version = importlib.util.find_spec('torch') and importlib.metadata.version('torch')
     workdir.mkdir(parents=True, exist_ok=True)
     lines = []
     for name, row in rows.items():
