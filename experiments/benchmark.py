@@ -163,17 +163,17 @@ def time_alone(call: Callable[[int], None], repetitions: int) -> Spread:
 
 
 class Stepper:
-    """Train steps of a config that go on and on."""
+    """Train steps of a config that go on and on; of several runs, as one batched program."""
 
-    def __init__(self, config: Any, dataset: Any) -> None:
+    def __init__(self, config: Any, dataset: Any, runs: int | None = None) -> None:
         import numpy as np
 
         from zerojax.prepare import resolve
         from zerojax.program import Program, Source, scalars_of
 
         config = resolve(config, dataset)
-        self.program = Program(config, dataset)
-        scalars = scalars_of(config)
+        self.program = Program(config, dataset, runs)
+        scalars = self.program.place_scalars([scalars_of(config)] * (runs or 1))
         self.state = self.program.initial_state(scalars)
         order = self.program.epoch_order(self.state.keys['order'], 0)
         self.source = Source(self.program.examples, order, scalars)
