@@ -186,7 +186,9 @@ def test_the_process_that_comes_later_takes_the_run_over(store, local):
     first.send_signal(signal.SIGCONT)
     _, errors = first.communicate(timeout=60)
     assert first.returncode == 1, errors
-    assert re.search(r'^error: gs://bucket/run: taken over by process \d+ on .*\n\Z', errors, re.M)
+    assert re.search(
+        r'^error: gs://bucket/run: taken over by process \d+ on \S+, which .*\n\Z', errors, re.M
+    )
     check_same(store, local)
 
 

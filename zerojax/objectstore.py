@@ -109,7 +109,7 @@ class Mirror:
         if in_store(workdir):
             self._temporary = tempfile.TemporaryDirectory(prefix='zerojax_')
             self.folder = pathlib.Path(self._temporary.name)
-            self._owner = f'process {os.getpid()} on {platform.node()}, {uuid.uuid4().hex}'
+            self._owner = f'process {os.getpid()} on {platform.node()}\n{uuid.uuid4().hex}\n'
             self._uploaded: dict[pathlib.Path, int] = {}  # sizes; files only grow
             (workdir / 'owner').write_text(self._owner)
 
@@ -123,7 +123,8 @@ class Mirror:
             return
         owner = (self._workdir / 'owner').read_text()
         if owner != self._owner:
-            raise RunError(f'{self._workdir}: taken over by {owner}, which trains in it now')
+            name = owner.partition('\n')[0]
+            raise RunError(f'{self._workdir}: taken over by {name}, which trains in it now')
         for file in self.folder.rglob('*'):
             if file.is_file() and file.stat().st_size != self._uploaded.get(file):
                 content = file.read_bytes()
