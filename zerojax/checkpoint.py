@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from zerojax import distributed
+from zerojax import distributed, objectstore
 from zerojax.errors import RunError
 from zerojax.step import TrainState
 
 KEEP = 3  # newest checkpoints that are kept
+COMMITTED = 'commit_success.txt'  # in a checkpoint on object storage that is complete
 
 
 def tree_sha256(tree: Any) -> str:
@@ -35,10 +36,13 @@ def move_aside(directory: pathlib.Path, step: int) -> pathlib.Path:
     """Moves a checkpoint into the folder damaged_checkpoints beside; returns where it is then."""
     aside = directory.with_name('damaged_checkpoints') / str(step)
     if distributed.is_first():
-        if aside.exists():
-            shutil.rmtree(aside)
-        aside.parent.mkdir(exist_ok=True)
-        (directory / str(step)).rename(aside)
+        if objectstore.in_store(directory):
+            objectstore.move(directory / str(step), aside)
+        else:
+            if aside.exists():
+                shutil.rmtree(aside)
+            aside.parent.mkdir(exist_ok=True)
+            (directory / str(step)).rename(aside)
     distributed.largest(0)  # until it is done
     return aside
 
@@ -60,8 +64,9 @@ def with_damaged_metadata(directory: pathlib.Path) -> tuple[list[int], list[int]
 class Checkpoints:
     """The checkpoints of one run, in `directory`/STEP.
 
-    A checkpoint is written beside its place and renamed into it, so a process that is killed while
-    saving leaves the older ones as they are.
+    A checkpoint is written beside its place and renamed into it, or on object storage, completed
+    by the file `COMMITTED`, so a process that is killed while saving leaves the older ones as they
+    are.
     """
 
     def __init__(
@@ -79,12 +84,13 @@ class Checkpoints:
         policies = ocp.training.preservation_policies
         open_all = functools.partial(
             ocp.training.Checkpointer,
-            directory.absolute(),
+            directory if objectstore.in_store(directory) else directory.absolute(),
             preservation_policy=policies.AnyPreservationPolicy(
                 [policies.LatestN(KEEP), policies.CustomSteps(list(keep_at))]
             ),
             cleanup_tmp_directories=not read_only,
         )
+        self._directory = directory
         self.moved: dict[int, pathlib.Path] = {}
         try:
             self._checkpointer = open_all()
@@ -202,7 +208,7 @@ class Checkpoints:
 
     def set_aside(self, step: int) -> pathlib.Path:
         """Moves the checkpoint of `step` out of the way; the folder that it is in then."""
-        aside = move_aside(pathlib.Path(self._checkpointer.directory), step)
+        aside = move_aside(self._directory, step)
         self._checkpointer.reload()
         return aside
 

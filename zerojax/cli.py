@@ -9,7 +9,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from zerojax import config as config_lib
-from zerojax import distributed
+from zerojax import distributed, objectstore
 from zerojax.errors import RunError, UsageError
 from zerojax.stop import Stopped
 
@@ -40,10 +40,13 @@ def exit_status(command: Callable[[], object]) -> int:
     return 0
 
 
-def parse_flags(argv: list[str], *, prefix: str = '') -> tuple[ConfigDict, pathlib.Path]:
+def parse_flags(
+    argv: list[str], *, prefix: str = '', stores: bool = False
+) -> tuple[ConfigDict, pathlib.Path]:
     """The checked config and the workdir that a command line (with the program's name) asks for.
 
-    `prefix` goes before the NAME of the default workdir, runs/NAME.
+    `prefix` goes before the NAME of the default workdir, runs/NAME. With `stores` the workdir may
+    be gs://BUCKET/RUN.
 
     Raises:
         UsageError: names the flag or field, its value, and what is allowed.
@@ -72,9 +75,11 @@ def parse_flags(argv: list[str], *, prefix: str = '') -> tuple[ConfigDict, pathl
     config_lib.check(config)
     workdir = workdir_flag.value or default_workdir(source, prefix)
     if '://' in workdir:
+        if stores:
+            return config, objectstore.open_workdir(workdir)
         raise UsageError(
-            f'--workdir={workdir}: must be a folder of a file system; docs/cloud.md says how a '
-            'copy on object storage can follow it'
+            f'--workdir={workdir}: must be a folder of a file system; only zerojax.main trains on '
+            'object storage, see docs/cloud.md'
         )
     return config, pathlib.Path(workdir)
 

@@ -1,9 +1,11 @@
 """Figures of one run."""
 
+import io
 import os
 import pathlib
 from typing import Any
 
+from zerojax import objectstore
 from zerojax.records import Record
 
 
@@ -53,6 +55,11 @@ def draw_run(lines: list[Record], broken_at_step: int | None, path: pathlib.Path
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8, frameon=False)
         axes.grid(alpha=0.3)
+    if objectstore.in_store(path):
+        content = io.BytesIO()
+        figure.savefig(content, format='png', dpi=120)
+        path.write_bytes(content.getvalue())
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + '.tmp')
     figure.savefig(beside, format='png', dpi=120)

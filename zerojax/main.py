@@ -4,9 +4,9 @@ python -m zerojax.main --config=configs/NAME.py[:VARIANT] [--workdir=DIR] [--con
                        [--distributed=auto|HOST:PORT,N,I] [--distributed_timeout=SECONDS]
 
 Without --workdir the run goes to runs/NAME. In a workdir that holds a run of the same config it
-resumes. On several hosts the same command with --distributed runs on each, see docs/cloud.md. Exit
-status: 0 success; 1 a failure during the run; 2 a mistake in flags, config, data or
-workdir; 143 or 130 after SIGTERM or SIGINT, once a checkpoint is saved.
+resumes. DIR may be gs://BUCKET/RUN, and on several hosts the same command with --distributed runs
+on each, see docs/cloud.md. Exit status: 0 success; 1 a failure during the run; 2 a mistake in
+flags, config, data or workdir; 143 or 130 after SIGTERM or SIGINT, once a checkpoint is saved.
 """
 
 import sys
@@ -21,13 +21,16 @@ def main(argv: list[str]) -> int:
         return 0
     exit_on_signals()
     # Imported only now, so that a signal during these slow imports ends in the right status too.
+    from zerojax import objectstore
     from zerojax.cli import exit_status, join_processes, parse_flags
     from zerojax.train import train
 
     def run() -> None:
         flags = list(argv)
         join_processes(flags)
-        train(*parse_flags(flags))
+        config, workdir = parse_flags(flags, stores=True)
+        with objectstore.failures(workdir):
+            train(config, workdir)
 
     return exit_status(run)
 

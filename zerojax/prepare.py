@@ -11,8 +11,8 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from zerojax import config as config_lib
-from zerojax import data, determinism, perturb, pruning, symmetry
-from zerojax.checkpoint import Checkpoints
+from zerojax import data, determinism, objectstore, perturb, pruning, symmetry
+from zerojax.checkpoint import COMMITTED, Checkpoints
 from zerojax.errors import UsageError
 from zerojax.program import Program
 from zerojax.step import TrainState
@@ -143,7 +143,13 @@ def checkpoint_steps(workdir: pathlib.Path) -> list[int]:
     folder = workdir / 'checkpoints'
     if not folder.is_dir():
         return []
-    return sorted(int(x.name) for x in folder.iterdir() if x.name.isdigit() and x.is_dir())
+    return sorted(
+        int(x.name)
+        for x in folder.iterdir()
+        if x.name.isdigit()
+        and x.is_dir()
+        and (not objectstore.in_store(x) or (x / COMMITTED).exists())
+    )
 
 
 def has_checkpoint(workdir: pathlib.Path) -> bool:

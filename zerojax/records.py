@@ -19,6 +19,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import scalar
 
+from zerojax import objectstore
 from zerojax.errors import UsageError
 
 Record = dict[str, Any]
@@ -31,10 +32,13 @@ PACKAGES = (
 
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes JSON so that the file is at every moment either the old or the new one, whole."""
+    text = json.dumps(value, indent=2, allow_nan=False) + '\n'
+    if objectstore.in_store(path):
+        path.write_text(text)
+        return
     beside = path.with_name(path.name + '.tmp')
     with open(beside, 'w') as file:
-        json.dump(value, file, indent=2, allow_nan=False)
-        file.write('\n')
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
@@ -171,11 +175,13 @@ class Metrics:
         self._writes = writes
         if not writes:
             return
-        beside = self._path.with_name('metrics.jsonl.tmp')
+        self._mirror = objectstore.Mirror(workdir)
+        file = self._mirror.folder / 'metrics.jsonl'
+        beside = file.with_name('metrics.jsonl.tmp')
         beside.write_text(''.join(json.dumps(record) + '\n' for record in self.lines))
-        os.replace(beside, self._path)
-        self._file = open(self._path, 'a')
-        self._events = EventFile(workdir / 'tensorboard', step)
+        os.replace(beside, file)
+        self._file = open(file, 'a')
+        self._events = EventFile(self._mirror.folder / 'tensorboard', step)
 
     def __enter__(self) -> Self:
         return self
@@ -184,6 +190,7 @@ class Metrics:
         if self._writes:
             self._file.close()
             self._events.close()
+            self._mirror.close()
 
     def _read_until(self, step: int) -> list[Record]:
         if not self._path.exists():
@@ -233,10 +240,15 @@ class Metrics:
         return [line for line in self.lines if line['kind'] == kind]
 
     def flush(self) -> None:
-        """Returns when all lines are on disk; called before a checkpoint that presumes them."""
+        """Returns when all lines are on disk; called before a checkpoint that presumes them.
+
+        Raises:
+            RunError: another process has taken the run over.
+        """
         if self._writes:
             os.fsync(self._file.fileno())
             self._events.flush()
+            self._mirror.upload()
 
 
 def params_sha256(params: Any) -> str:

@@ -3,18 +3,44 @@
 import fcntl
 import json
 import pathlib
-from typing import Self
+from typing import IO, Self
 
 from flax.traverse_util import flatten_dict
 
+from zerojax import objectstore
 from zerojax.errors import UsageError
 from zerojax.records import Record, write_json
+
+
+def lock(path: pathlib.Path) -> IO[str]:
+    """Makes the folder if need be; the open file to which its lock belongs.
+
+    Raises:
+        UsageError: it cannot be written or is in use.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        file = open(path / '.lock', 'w')
+    except OSError as error:
+        raise UsageError(
+            f'--workdir={path}: cannot be written ({error.strerror}); name another folder'
+        ) from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UsageError(
+            f'--workdir={path}: another process is training in it; '
+            'wait for it or name another folder'
+        ) from None
+    return file
 
 
 class Workdir:
     """A folder that holds one run, locked while this object is open.
 
-    The lock belongs to the open file, so it ends with the process however that ends.
+    The lock belongs to the open file, so it ends with the process however that ends. On object
+    storage there is none; see `zerojax.objectstore.Mirror`.
     """
 
     def __init__(self, path: pathlib.Path, config: Record) -> None:
@@ -24,35 +50,26 @@ class Workdir:
             UsageError: it cannot be written, is in use, or holds a run of another config.
         """
         self.path = path
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(path / '.lock', 'w')
-        except OSError as error:
-            raise UsageError(
-                f'--workdir={path}: cannot be written ({error.strerror}); name another folder'
-            ) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.close()
-            raise UsageError(
-                f'--workdir={path}: another process is training in it; '
-                'wait for it or name another folder'
-            ) from None
+        self._lock = None if objectstore.in_store(path) else lock(path)
         try:
             self._claim(config)
         except OSError as error:
-            self._lock.close()
-            raise UsageError(f'--workdir={path}: cannot be written ({error.strerror})') from error
+            self._unlock()
+            reason = error.strerror or objectstore.one_line(error)
+            raise UsageError(f'--workdir={path}: cannot be written ({reason})') from error
         except BaseException:
-            self._lock.close()
+            self._unlock()
             raise
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lock.close()
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
 
     def _claim(self, config: Record) -> None:
         file = self.path / 'config.json'
