@@ -195,7 +195,9 @@ def _stack(examples: Iterable[dict[str, Any]], count: int, features: Any) -> Spl
         if image.shape != shape:  # NumPy would stretch some to fit
             raise ValueError(f'example {number}: image of shape {image.shape} instead of {shape}')
         if not 0 <= label < num_classes:
-            raise ValueError(f'example {number}: label {label}, must be from 0 to {num_classes - 1}')
+            raise ValueError(
+                f'example {number}: label {label}, must be from 0 to {num_classes - 1}'
+            )
         images[number - 1], labels[number - 1] = image, label
     if number != count:
         raise ValueError(f'{number} examples instead of {count}')
