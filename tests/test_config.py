@@ -33,6 +33,8 @@ def test_the_fixture_is_right(config):
         ('model.name', 'resnet', 'constnet, leakynet, mlp, wideresnet'),
         ('model.depth', 11, r'3n \+ 4'),
         ('model.width', 0, 'from 1 to'), ('model.init', 'hee', 'averaging, random'),
+        ('perturbation.scale', 1e-300, 'from 1e-37'), ('dataset.std', (1e300,), 'to 1e37'),
+        ('optimizer.learning_rate', 1e300, '1e-37 to'),
         ('model.dropout', 1.0, 'below 1'), ('model.shortcut', 'x', 'post_relu, pre_relu'),
         ('model.convolution', 'x', 'direct, patches'),
         ('dataset.name', 'imagenet', 'digits, cifar10, cifar100, fashion_mnist'),
@@ -74,6 +76,11 @@ def test_unknown_and_missing_fields_are_named(config):
     with config.unlocked():
         config.model.detph = 3
     with pytest.raises(UsageError, match=r'model\.detph: no such field; allowed: .*model\.depth'):
+        check(config)
+    with config.unlocked():
+        del config.model.detph
+        config.model[7] = 8
+    with pytest.raises(UsageError, match='names of fields must be strings'):
         check(config)
     config = default_config()
     with config.unlocked():
