@@ -77,7 +77,13 @@ def _load_digits(train_split: str, eval_split: str) -> Dataset:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    digits = load_digits()
+    try:
+        digits = load_digits()
+    except Exception as error:  # gzip, zlib and NumPy raise many kinds
+        raise UsageError(
+            f"dataset.name='digits': scikit-learn's copy cannot be read ({_reason(error)}); "
+            'install scikit-learn anew'
+        ) from error
     images = digits.images.astype(np.uint8)[..., None]  # 0 to 16
     labels = digits.target.astype(np.int32)
     train, test = train_test_split(
@@ -99,7 +105,7 @@ def _load_tfds(name: str, data_dir: str | None, train_split: str, eval_split: st
     builder = _open_tfds(name, data_dir)
     if not builder.is_prepared():
         if builder.data_path.exists():  # TFDS would take it for the whole set
-            raise _damaged(builder.data_path, 'features.json or dataset_info.json is missing')
+            raise _damaged(builder.data_path, 'dataset_info.json is missing')
         _prepare_tfds(builder, data_dir)
         builder = _open_tfds(name, data_dir)
     return Dataset(
