@@ -364,11 +364,7 @@ def check_memory(config: ConfigDict, dataset: data.Dataset) -> None:
     state = jax.eval_shape(new, scalars_of(config))
     arrays = jax.tree.leaves((state.params, state.params, state.opt_state, state.batch_stats))
     needed = sum(x.size * x.dtype.itemsize for x in arrays)
-    device = jax.local_devices()[0]
-    stats = device.memory_stats()  # None of CPUs
-    there = (
-        stats['bytes_limit'] if stats else os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-    )
+    there = device_memory()
     if needed > there:
         count = sum(x.size for x in jax.tree.leaves(state.params))
         raise UsageError(
@@ -376,6 +372,12 @@ def check_memory(config: ConfigDict, dataset: data.Dataset) -> None:
             f'weights with gradient and optimizer need {needed / 2**30:,.1f} GiB of memory; '
             f'must be at most {there / 2**30:,.1f}, what there is'
         )
+
+
+def device_memory() -> int:
+    """Bytes of memory that a device has; for CPUs, that the machine has."""
+    stats = jax.local_devices()[0].memory_stats() or {}  # CPUs have none
+    return stats.get('bytes_limit') or os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
 
 
 def build_mesh(config: ConfigDict, runs: int | None) -> Mesh | None:

@@ -527,7 +527,7 @@ LIKELY_TEXTS = {
     'num_steps': '1 5 2147483647',
     'optimizer.b1': '0.8',
     'optimizer.drop_at': '() (0.5,) (0.1,0.1,0.9)',
-    'optimizer.freeze': 'stem .*bias .*',
+    'optimizer.freeze': 'stem .*bias .* ( *',
     'optimizer.learning_rate': '0 0.1 1e30',
     'optimizer.momentum': '0 0.5',
     'optimizer.name': 'radam sgd',
@@ -538,10 +538,11 @@ LIKELY_TEXTS = {
     'perturbation.count': '1 2 100 2147483647',
     'perturbation.every': '0 1 100',
     'perturbation.kind': 'none gaussian one_weight ulp unequal_init gradient activation disout',
-    'perturbation.layers': '.*bias stem block1_0 hidden/kernel head',
+    'perturbation.layers': '.*bias stem block1_0 hidden/kernel head [',
     'perturbation.relative': 'true',
     'perturbation.scale': '0 0.5 1.0 1e30',
     'pruning.fraction': '0.5',
+    'pruning.layers': 'head (',
     'pruning.source': '. nowhere /',
     'steps_per_call': '1 7 2147483647',
     'symmetry.project': 'true',
@@ -567,8 +568,8 @@ def odd_commands(sets: pathlib.Path) -> Any:
     ]  # fmt: skip
     fields = sorted(flatten_dict(default_config().to_dict(), sep='.'))
     processes = (
-        'auto', 'h:1,2,1', 'h:1,2,2', 'h:1,2', ':1,1,0', 'h:99999,1,0', 'h:²,1,0', 'h:1,²,0',
-        'h:1,0,0', 'h:1,2,-1', f'h:1,{LONG_NUMBER},0', f'h:{LONG_NUMBER},1,0',
+        '', '\n', 'auto', 'h:1,2,1', 'h:1,2,2', 'h:1,2', ':1,1,0', 'h:99999,1,0', 'h:²,1,0',
+        'h:1,²,0', 'h:1,0,0', 'h:1,2,-1', f'h:1,{LONG_NUMBER},0', f'h:{LONG_NUMBER},1,0',
     )  # fmt: skip
 
     @st.composite
@@ -580,7 +581,7 @@ def odd_commands(sets: pathlib.Path) -> Any:
         value |= st.lists(st.floats(0, 1), max_size=3).map(tuple)
 
         def flag() -> str:
-            kinds = ['likely'] * 6 + ['field'] * 3 + ['main', 'odd'] + ['grid'] * 4 * sweep
+            kinds = ['likely'] * 6 + ['field'] * 4 + ['main', 'main', 'odd'] + ['grid'] * 4 * sweep
             match draw(st.sampled_from(kinds)):
                 case 'likely':
                     name = draw(st.sampled_from(sorted(LIKELY_TEXTS)))
@@ -588,9 +589,8 @@ def odd_commands(sets: pathlib.Path) -> Any:
                 case 'field':
                     return f'--config.{draw(field)}={draw(text)}'
                 case 'main':
-                    where = st.sampled_from(processes) | text
                     return draw(
-                        st.builds('--distributed={}'.format, where)
+                        st.builds('--distributed={}'.format, st.sampled_from(processes))
                         | st.builds('--distributed_timeout={}'.format, text)
                         | st.builds('--workdir={}'.format, text)
                     )
@@ -690,6 +690,7 @@ def configs(fire: Fire, number: int) -> None:
             'jax.distributed.initialize': mock.Mock(side_effect=Claimed),
             'zerojax.train.Programs': lambda: programs,
             'zerojax.sweep.Programs': lambda: programs,
+            'zerojax.program.device_memory': lambda: 2**30,  # spares the machine
             'zerojax.data._why_unreachable': lambda url, timeout: 'not asked',
         }.items():
             stack.enter_context(mock.patch(name, instead))
