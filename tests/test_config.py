@@ -33,7 +33,7 @@ def test_the_fixture_is_right(config):
         ('model.name', 'resnet', 'constnet, leakynet, mlp, wideresnet'),
         ('model.depth', 11, r'3n \+ 4'),
         ('model.width', 0, 'from 1 to'), ('model.init', 'hee', 'averaging, random'),
-        ('perturbation.scale', 1e-300, 'from 1e-37'), ('dataset.std', (1e300,), 'to 1e37'),
+        ('perturbation.scale', 1e-300, 'from 1e-37'), ('dataset.std', (1e300,), 'to 3e38'),
         ('optimizer.learning_rate', 1e300, '1e-37 to'),
         ('model.dropout', 1.0, 'below 1'), ('model.shortcut', 'x', 'post_relu, pre_relu'),
         ('model.convolution', 'x', 'direct, patches'),

@@ -274,9 +274,9 @@ def _check_type(field: str, value: Any, default: Any) -> None:
 def _check_size(field: str, value: Any) -> None:
     """Checks that a number stays what it is in float32: neither infinite nor 0."""
     for each in value if isinstance(value, tuple) else (value,):
-        fits = not isinstance(each, float) or each == 0 or 1e-37 <= abs(each) <= 1e37
+        fits = not isinstance(each, float) or each == 0 or 1e-37 <= abs(each) <= 3e38
         if not fits and math.isfinite(each):  # others are refused with more to the point
-            raise UsageError(f'{field}={value!r}: must be 0, or of a size from 1e-37 to 1e37')
+            raise UsageError(f'{field}={value!r}: must be 0, or of a size from 1e-37 to 3e38')
 
 
 def check_field_exists(field: str) -> None:
