@@ -33,6 +33,8 @@ def test_the_fixture_is_right(config):
         ('model.name', 'resnet', 'constnet, leakynet, mlp, wideresnet'),
         ('model.depth', 11, r'3n \+ 4'),
         ('model.width', 0, 'from 1 to'), ('model.init', 'hee', 'averaging, random'),
+        ('perturbation.scale', 1e-300, 'from 1e-37'), ('dataset.std', (1e300,), r'to 3e\+38'),
+        ('optimizer.learning_rate', 1e300, '1e-37 to'),
         ('model.dropout', 1.0, 'below 1'), ('model.shortcut', 'x', 'post_relu, pre_relu'),
         ('model.convolution', 'x', 'direct, patches'),
         ('dataset.name', 'imagenet', 'digits, cifar10, cifar100, fashion_mnist'),
@@ -75,6 +77,11 @@ def test_unknown_and_missing_fields_are_named(config):
         config.model.detph = 3
     with pytest.raises(UsageError, match=r'model\.detph: no such field; allowed: .*model\.depth'):
         check(config)
+    with config.unlocked():
+        del config.model.detph
+        config.model[7] = 8
+    with pytest.raises(UsageError, match='names of fields must be strings'):
+        check(config)
     config = default_config()
     with config.unlocked():
         del config.optimizer.momentum
@@ -107,3 +114,13 @@ def test_flags_override_fields():
     assert config.model.width == 3
     assert config.optimizer.drop_at == (0.1, 0.2)
     assert workdir == pathlib.Path('w')
+
+
+def test_a_number_may_be_as_small_as_the_precision_of_the_run_has_it(config):
+
+    config.param_dtype = 'float64'
+    config.perturbation.scale = 1e-300
+    check(config)
+    config.perturbation.scale = 1e-308
+    with pytest.raises(UsageError, match=r'perturbation\.scale=1e-308: must be 0, or .* 1e-307'):
+        check(config)

@@ -133,6 +133,38 @@ def test_a_damaged_set_is_named(prepared, tmp_path):
 
 
 @tfds_warnings
+def test_a_half_prepared_set_is_named(prepared, tmp_path):
+    import shutil
+
+    shutil.copytree(prepared, tmp_path / 'copy')
+    (damaged,) = (tmp_path / 'copy').glob('cifar10/*/dataset_info.json')
+    damaged.unlink()
+    with pytest.raises(
+        UsageError, match=rf'{damaged.parent} cannot be read \(dataset_info\.json is'
+    ):
+        data.load('cifar10', str(tmp_path / 'copy'), 'train', 'test')
+
+
+@tfds_warnings
+def test_a_damaged_archive_is_named_before_tensorflow_is_needed(tmp_path):
+    archive = tmp_path / 'downloads' / 'manual' / 'cifar-10-binary.tar.gz'
+    archive.parent.mkdir(parents=True)
+    archive.write_bytes(b'half of it')
+    with pytest.raises(UsageError, match=rf'{archive} is damaged, its SHA-256 is not that of http'):
+        data.load('cifar10', str(tmp_path), 'train', 'test')
+    assert list(tmp_path.iterdir()) == [tmp_path / 'downloads']
+
+
+def test_damaged_digits_are_a_mistake(monkeypatch):
+    def load_digits():
+        raise EOFError('Compressed file ended before the end-of-stream marker was reached')
+
+    monkeypatch.setattr('sklearn.datasets.load_digits', load_digits)
+    with pytest.raises(UsageError, match=r"'digits': .* \(Compressed file .*\); install"):
+        data.load('digits', None, 'train', 'test')
+
+
+@tfds_warnings
 @pytest.mark.parametrize(
     'name,shape,classes,held_out',
     [

@@ -9,7 +9,12 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
+
+from zerojax.cli import exit_status, parse_flags
+from zerojax.errors import UsageError
+from zerojax.train import train
 
 ROOT = pathlib.Path(__file__).parent.parent
 DIGITS = f'--config={ROOT}/configs/digits.py'
@@ -157,6 +162,39 @@ def test_a_mistake_exits_2_with_one_line(arguments, message, tmp_path):
     assert done.stderr.count('\n') == 1, done.stderr
     assert done.stderr.startswith('error: ')
     assert not (tmp_path / 'run').exists()
+
+
+def test_whatever_a_mistake_quotes_its_message_is_one_printable_line(capsys):
+    def command():
+        raise UsageError('--workdir=a\nb\r\u2028\x1b[31m\udc80: no')
+
+    assert exit_status(command) == 2
+    assert capsys.readouterr().err == 'error: --workdir=a\\nb\\r\\u2028\\x1b[31m\\udc80: no\n'
+
+
+@pytest.mark.parametrize(
+    'error',
+    [
+        MemoryError(),
+        MemoryError('Unable to allocate 3.64 PiB'),
+        jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore'),
+    ],
+)
+def test_memory_that_does_not_suffice_is_a_failure_of_one_line(error, capsys):
+    def command():
+        raise error
+
+    assert exit_status(command) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith('error: memory does not suffice (')
+    assert printed.count('\n') == 1
+
+
+def test_a_workdir_of_too_long_a_name_is_a_mistake(tmp_path, capsys):
+    config, _ = parse_flags(['main', DIGITS])
+    assert exit_status(lambda: train(config, tmp_path / ('a' * 300))) == 2
+    assert re.match(r'error: --workdir=.*a: cannot be read \(File name', capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_set_that_cannot_be_had_is_an_error_within_20_s(tmp_path):

@@ -205,7 +205,12 @@ def test_a_process_that_never_comes_is_an_error_after_the_timeout(tmp_path, proc
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize('where', ['', 'host', 'host,2,0', 'host:1,2,2', 'host:x,2,0', ':1,2,0'])
+@pytest.mark.parametrize(
+    'where',
+    ['', 'host', 'host,2,0', 'host:1,2,2', 'host:x,2,0', ':1,2,0', 'host:²,2,0', 'host:65536,2,0',
+     f'host:1,{"9" * 5000},0'],
+    ids=lambda where: where[:20],
+)  # fmt: skip
 def test_a_wrong_address_is_a_mistake(where, capsys):
     assert sweep.main(['sweep', *SHORT, f'--distributed={where}']) == 2
     assert f"--distributed={where}: must be 'auto' or HOST:PORT,N,I" in capsys.readouterr().err

@@ -47,6 +47,7 @@ def test_correlation_of_equal_and_of_opposite_features():
     opposite = jnp.asarray(np.concatenate([row, -row]))
     assert float(metrics.mean_correlation(opposite)) == pytest.approx(-1, abs=1e-6)
     assert float(metrics.mean_correlation(jnp.zeros((4, 9)))) == 1
+    assert float(metrics.mean_correlation(jnp.zeros((50_000, 2)))) == 1, 'n² is no int32'
     with pytest.raises(ValueError, match='needs two'):
         metrics.mean_correlation(equal[:1])
 

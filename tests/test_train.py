@@ -161,6 +161,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         ('perturbation', 'at_step', 24, 'at_step=24: must be below num_steps=24'),
         ('perturbation', 'layers', 'conv', r"layers='conv': matches no parameter; they are block1"),
         ('dataset', 'mean', (1.0, 2.0), 'must hold 1 numbers'),
+        ('', 'num_epochs', 2**31 - 1, r'num_epochs=\d+: are 23622320117 steps; must be at most'),
+        ('model', 'width', 2**20, r'width=1048576, .*: [\d,]+ weights .* [\d,.]+ GiB of memory'),
     ],
 )
 def test_what_does_not_fit_the_data_is_refused_before_anything_is_written(
@@ -168,6 +170,8 @@ def test_what_does_not_fit_the_data_is_refused_before_anything_is_written(
 ):
     if field == 'mean':
         tiny_config.dataset.std = value
+    if field == 'num_epochs':
+        tiny_config.num_steps = None
     (tiny_config[group] if group else tiny_config)[field] = value
     with pytest.raises(UsageError, match=message):
         train(tiny_config, tmp_path / 'run')

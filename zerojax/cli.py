@@ -5,6 +5,7 @@ import pathlib
 import sys
 from collections.abc import Callable
 
+import jax
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
@@ -22,22 +23,34 @@ def exit_status(command: Callable[[], object]) -> int:
     try:
         command()
     except UsageError as error:
-        print(f'error: {error}', file=sys.stderr)
+        _print_error(str(error))
         return 2
     except RunError as error:
-        print(f'error: {error}', file=sys.stderr)
+        _print_error(str(error))
         return 1
     except OSError as error:
         where = f'{error.filename}: ' if error.filename else ''
-        print(
-            f'error: {where}{error.strerror or error}; mend that, and the same command goes on',
-            file=sys.stderr,
+        _print_error(f'{where}{error.strerror or error}; mend that, and the same command goes on')
+        return 1
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        reason = (str(error).splitlines() or ['MemoryError'])[0]
+        if not (isinstance(error, MemoryError) or 'Out of memory' in reason):
+            raise
+        _print_error(
+            f'memory does not suffice ({reason}); try a smaller batch_size, model.width or '
+            'model.depth'
         )
         return 1
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return 128 + stopped.signal
     return 0
+
+
+def _print_error(message: str) -> None:
+    """Whatever it quotes, the message is one line that no terminal takes for a command."""
+    printable = ''.join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+    print(f'error: {printable}', file=sys.stderr)
 
 
 def parse_flags(
@@ -52,13 +65,13 @@ def parse_flags(
         UsageError: names the flag or field, its value, and what is allowed.
     """
     values = flags.FlagValues()
-    config_flag = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
     workdir_flag = flags.DEFINE_string('workdir', None, '', flag_values=values)
     for argument in argv[1:]:
         name = argument.lstrip('-').split('=')[0]
         if argument.startswith('-') and name.startswith('config.'):
             config_lib.check_field_exists(name.removeprefix('config.'))
     try:
+        config_flag = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
         remaining = values(argv)
         if not config_flag.present:
             raise UsageError('--config: missing; to begin with, --config=configs/digits.py')

@@ -135,9 +135,9 @@ def _one_of(allowed: tuple[str, ...]) -> Rule:
     return (lambda value: value in allowed), f'must be one of {", ".join(allowed)}'
 
 
-_INT32 = 2**31 - 1
-_COUNT = _between(1, _INT32)
-_SEED = _between(0, _INT32)
+INT32 = 2**31 - 1  # steps and seeds are int32
+_COUNT = _between(1, INT32)
+_SEED = _between(0, INT32)
 
 # Fields of model and perturbation not named here are checked by the things they build.
 RULES: dict[str, Rule] = {
@@ -154,8 +154,8 @@ RULES: dict[str, Rule] = {
     'dataset.name': _one_of(data.NAMES),
     'determinism.mode': _one_of(determinism.MODES),
     'perturbation.seed': _SEED,
-    'perturbation.at_step': _between(0, _INT32),
-    'perturbation.every': _between(0, _INT32),
+    'perturbation.at_step': _between(0, INT32),
+    'perturbation.every': _between(0, INT32),
     'perturbation.count': _COUNT,
     'optimizer.learning_rate': _at_least(0),
     'optimizer.name': _one_of(('sgd', 'radam')),
@@ -166,10 +166,10 @@ RULES: dict[str, Rule] = {
     'pruning.fraction': _below_1(),
     'pruning.mask': _one_of(pruning.MASKS),
     'pruning.layers': _PATTERN,
-    'pruning.rewind_step': _between(0, _INT32),
+    'pruning.rewind_step': _between(0, INT32),
     'pruning.seed': _SEED,
     'keep_checkpoints_at': (
-        lambda value: all(type(step) is int and 0 <= step <= _INT32 for step in value),
+        lambda value: all(type(step) is int and 0 <= step <= INT32 for step in value),
         'must be steps, whole numbers of at least 0',
     ),
     'dataset.cutout': _between(0, 4096),
@@ -199,13 +199,17 @@ def check(config: ConfigDict) -> None:
     """
     template = default_config()
     expected = flatten_dict(template.to_dict(), sep='.')
-    given = flatten_dict(config.to_dict(), sep='.')
+    try:
+        given = flatten_dict(config.to_dict(), sep='.')
+    except TypeError as error:  # they are sorted and joined
+        raise UsageError('config: names of fields must be strings') from error
     for field in sorted(given.keys() - expected.keys()):
         check_field_exists(field)
     for field in sorted(expected.keys() - given.keys()):
         raise UsageError(f'{field}: missing; start from zerojax.config.default_config()')
     for field, value in given.items():
         _check_type(field, value, expected[field])
+        _check_size(field, value, config.param_dtype)
         if field in RULES and value is not None:
             allowed, text = RULES[field]
             try:
@@ -265,6 +269,15 @@ def _check_type(field: str, value: Any, default: Any) -> None:
         raise UsageError(f'{field}={value!r}: must be of type {kind.__name__}')
     if isinstance(value, tuple) and not all(type(each) in (int, float) for each in value):
         raise UsageError(f'{field}={value!r}: must be a tuple of numbers')
+
+
+def _check_size(field: str, value: Any, param_dtype: Any) -> None:
+    """Checks that a number stays what it is in the run's precision: neither infinite nor 0."""
+    least, most = (1e-307, 1e308) if param_dtype == 'float64' else (1e-37, 3e38)
+    for each in value if isinstance(value, tuple) else (value,):
+        fits = not isinstance(each, float) or each == 0 or least <= abs(each) <= most
+        if not fits and math.isfinite(each):  # others are refused with more to the point
+            raise UsageError(f'{field}={value!r}: must be 0, or of a size from {least} to {most}')
 
 
 def check_field_exists(field: str) -> None:

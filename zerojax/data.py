@@ -7,13 +7,12 @@ are written as suffixes: B batch, H and W space, C channels, N examples.
 import dataclasses
 import hashlib
 import http.client
-import itertools
 import pathlib
 import threading
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -78,7 +77,13 @@ def _load_digits(train_split: str, eval_split: str) -> Dataset:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    digits = load_digits()
+    try:
+        digits = load_digits()
+    except Exception as error:  # gzip, zlib and NumPy raise many kinds
+        raise UsageError(
+            f"dataset.name='digits': scikit-learn's copy cannot be read ({_reason(error)}); "
+            'install scikit-learn anew'
+        ) from error
     images = digits.images.astype(np.uint8)[..., None]  # 0 to 16
     labels = digits.target.astype(np.int32)
     train, test = train_test_split(
@@ -97,17 +102,39 @@ def _load_digits(train_split: str, eval_split: str) -> Dataset:
 
 
 def _load_tfds(name: str, data_dir: str | None, train_split: str, eval_split: str) -> Dataset:
-    import tensorflow_datasets as tfds
-
-    builder = tfds.builder(name, data_dir=data_dir)
+    builder = _open_tfds(name, data_dir)
     if not builder.is_prepared():
+        if builder.data_path.exists():  # TFDS would take it for the whole set
+            raise _damaged(builder.data_path, 'dataset_info.json is missing')
         _prepare_tfds(builder, data_dir)
-        builder = tfds.builder(name, data_dir=data_dir)
+        builder = _open_tfds(name, data_dir)
     return Dataset(
         _read_tfds(builder, 'train_split', train_split),
         _read_tfds(builder, 'eval_split', eval_split),
         builder.info.features['label'].num_classes,
     )
+
+
+def _open_tfds(name: str, data_dir: str | None) -> Any:
+    import tensorflow_datasets as tfds
+
+    try:
+        return tfds.builder(name, data_dir=data_dir)
+    except Exception as error:  # of a damaged dataset_info.json, TFDS raises many kinds
+        root = data_dir or tfds.core.constants.DATA_DIR
+        raise _damaged(f'{root}/{name}', _reason(error)) from error
+
+
+def _damaged(folder: Any, reason: str) -> UsageError:
+    return UsageError(
+        f'dataset.data_dir: {folder} cannot be read ({reason}); '
+        'remove that folder and prepare the set again'
+    )
+
+
+def _reason(error: Exception) -> str:
+    """The first line of its message, or its name if it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _read_tfds(builder: Any, field: str, split: str) -> Split:
@@ -119,10 +146,9 @@ def _read_tfds(builder: Any, field: str, split: str) -> Split:
         num_examples = builder.info.splits[split].num_examples
     except Exception as error:  # TFDS raises many kinds for a bad split expression
         splits = ', '.join(builder.info.splits)
-        reason = str(error).splitlines()[0]
         raise UsageError(
             f"{where}: not a split of {builder.name} (splits: {splits}; parts as 'train[:5000]'): "
-            f'{reason}'
+            f'{_reason(error)}'
         ) from error
     if num_examples == 0:
         raise UsageError(f'{where}: holds no examples')
@@ -138,34 +164,50 @@ def _read_tfds(builder: Any, field: str, split: str) -> Split:
             with warnings.catch_warnings():
                 warnings.simplefilter('ignore')
                 examples = builder.as_data_source(split=split)
-        images, labels = _stack(examples, num_examples)
+            _check_shards(builder.info.splits[split].file_instructions)
+        return _stack(examples, num_examples, builder.info.features)
     except UsageError:
         raise
     except Exception as error:  # a damaged set fails in many ways: array_record, PIL, TFDS
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UsageError(
-            f'dataset.data_dir: {builder.data_path} cannot be read ({reason}); '
-            'remove that folder and prepare the set again'
-        ) from error
-    return Split(images, labels)
+        raise _damaged(builder.data_path, _reason(error)) from error
 
 
-def _stack(examples: Iterable[dict[str, Any]], count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images of one size in one array, filled as they come: ImageNet leaves no room for two."""
-    first, examples = _peek(iter(examples))
-    images = np.empty((count, *first['image'].shape), np.uint8)
-    labels = np.empty(count, np.int32)
+def _check_shards(shards: Any) -> None:
+    """Checks that files hold as many examples as dataset_info.json says; no more are read."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    for shard in shards:
+        reader = ArrayRecordReader(shard.filename)
+        count = reader.num_records()
+        reader.close()
+        if count != shard.examples_in_shard:
+            raise ValueError(
+                f'{shard.filename} holds {count} examples, '
+                f'dataset_info.json says {shard.examples_in_shard}'
+            )
+
+
+def _stack(examples: Iterable[dict[str, Any]], count: int, features: Any) -> Split:
+    """Examples in one array, filled as they come: ImageNet leaves no room for two.
+
+    Raises:
+        ValueError: the examples are not as many, or not such, as the set is said to hold.
+    """
+    shape, num_classes = features['image'].shape, features['label'].num_classes
+    images, labels = np.empty((count, *shape), np.uint8), np.empty(count, np.int32)
     number = 0
     for number, example in enumerate(examples, start=1):
-        images[number - 1], labels[number - 1] = example['image'], example['label']
+        image, label = example['image'], example['label']
+        if image.shape != shape:  # NumPy would stretch some to fit
+            raise ValueError(f'example {number}: image of shape {image.shape} instead of {shape}')
+        if not 0 <= label < num_classes:
+            raise ValueError(
+                f'example {number}: label {label}, must be from 0 to {num_classes - 1}'
+            )
+        images[number - 1], labels[number - 1] = image, label
     if number != count:
         raise ValueError(f'{number} examples instead of {count}')
-    return images, labels
-
-
-def _peek(examples: Iterator[dict[str, Any]]) -> tuple[dict[str, Any], Iterator[dict[str, Any]]]:
-    first = next(examples)
-    return first, itertools.chain([first], examples)
+    return Split(images, labels)
 
 
 def _prepare_tfds(builder: Any, data_dir: str | None) -> None:
@@ -176,7 +218,13 @@ def _prepare_tfds(builder: Any, data_dir: str | None) -> None:
     root = root.expanduser()
     manual_dir = root / 'downloads' / 'manual'
     archives = {url: pathlib.PurePosixPath(url).name for url in builder.url_infos}
-    missing = {url: name for url, name in archives.items() if not (manual_dir / name).exists()}
+    missing = {url: name for url, name in archives.items() if not (manual_dir / name).is_file()}
+    for url, name in archives.items():
+        if url not in missing and _sha256(manual_dir / name) != builder.url_infos[url].checksum:
+            raise UsageError(
+                f'dataset.data_dir: {manual_dir / name} is damaged, its SHA-256 is not that of '
+                f'{url}; get it anew'
+            )
     advice = (
         f'put {", ".join(missing.values())} into {manual_dir}, or name a folder that holds a '
         f'prepared {builder.name}/{builder.version} with --config.dataset.data_dir=DIR '
@@ -194,8 +242,14 @@ def _prepare_tfds(builder: Any, data_dir: str | None) -> None:
             download_config=tfds.download.DownloadConfig(manual_dir=manual_dir),
         )
     except Exception as error:  # network, disk, checksum: TFDS raises many kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UsageError(f'{failed} and preparing it failed ({reason}): {advice}') from error
+        raise UsageError(
+            f'{failed} and preparing it failed ({_reason(error)}): {advice}'
+        ) from error
+
+
+def _sha256(file: pathlib.Path) -> str:
+    with open(file, 'rb') as opened:
+        return hashlib.file_digest(opened, 'sha256').hexdigest()
 
 
 def _why_unreachable(url: str, timeout: float) -> str | None:

@@ -33,12 +33,13 @@ def start(where: str, timeout: int = TIMEOUT) -> None:
     arguments: dict[str, Any] = {}
     if where != 'auto':
         address, *numbers = where.split(',')
+        host, _, port = address.rpartition(':')
         if not (
-            len(numbers) == 2
-            and all(each.isascii() and each.isdigit() for each in numbers)
+            host
+            and len(numbers) == 2
+            and all(x.isascii() and x.isdigit() and len(x) < 10 for x in (port, *numbers))
+            and int(port) < 2**16
             and int(numbers[1]) < int(numbers[0])
-            and address.rpartition(':')[2].isdigit()
-            and address.rpartition(':')[0]
         ):
             raise UsageError(
                 f"--distributed={where}: must be 'auto' or HOST:PORT,N,I with process I of 0 to N-1"

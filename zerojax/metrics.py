@@ -44,7 +44,8 @@ def mean_correlation(rows: jax.Array) -> jax.Array:
     unit = jnp.where(varies, centred / jnp.where(varies, norm, 1), 0)
     v = jnp.sum(varies, dtype=rows.dtype)
     sum_of_valid = jnp.sum(jnp.sum(unit, axis=0) ** 2) - v
-    return (sum_of_valid + n * (n - 1) - v * (v - 1)) / (n * (n - 1))
+    pairs = float(n * (n - 1))  # of many rows more than an int32 holds
+    return (sum_of_valid + pairs - v * (v - 1)) / pairs
 
 
 def forward_correlation(kernel: jax.Array) -> jax.Array:

@@ -51,6 +51,11 @@ def resolve(config: ConfigDict, dataset: data.Dataset) -> ConfigDict:
     resolved = ConfigDict(config.to_dict())
     if resolved.num_steps is None:
         resolved.num_steps = config.num_epochs * (num_examples // config.batch_size)
+        if resolved.num_steps > config_lib.INT32:
+            raise UsageError(
+                f'num_epochs={config.num_epochs}: are {resolved.num_steps} steps; must be at most '
+                f'{config_lib.INT32} steps'
+            )
     if any(step > resolved.num_steps for step in config.keep_checkpoints_at):
         raise UsageError(
             f'keep_checkpoints_at={config.keep_checkpoints_at}: must be at most '
@@ -139,17 +144,27 @@ def check_initial_weights(config: ConfigDict, params: Any, program: Program) -> 
 
 
 def checkpoint_steps(workdir: pathlib.Path) -> list[int]:
-    """Steps of the checkpoints of the run in `workdir`, without reading them."""
+    """Steps of the checkpoints of the run in `workdir`, without reading them.
+
+    Raises:
+        UsageError: the folder cannot be read.
+    """
     folder = workdir / 'checkpoints'
-    if not folder.is_dir():
-        return []
-    return sorted(
-        int(x.name)
-        for x in folder.iterdir()
-        if x.name.isdigit()
-        and x.is_dir()
-        and (not objectstore.in_store(x) or (x / COMMITTED).exists())
-    )
+    try:
+        if not folder.is_dir():
+            return []
+        return sorted(
+            int(x.name)
+            for x in folder.iterdir()
+            if x.name.isdigit()
+            and x.is_dir()
+            and (not objectstore.in_store(x) or (x / COMMITTED).exists())
+        )
+    except OSError as error:
+        reason = error.strerror or objectstore.one_line(error)
+        raise UsageError(
+            f'--workdir={workdir}: cannot be read ({reason}); name another folder'
+        ) from error
 
 
 def has_checkpoint(workdir: pathlib.Path) -> bool:

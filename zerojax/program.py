@@ -9,6 +9,7 @@ bits are those of that program.
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -97,13 +98,15 @@ class Program:
     the whole of it. Everything else has a copy on each device.
 
     Raises:
-        UsageError: there are not as many devices, or they cannot share the batch evenly.
+        UsageError: there are not as many devices, they cannot share the batch evenly, or the
+            network is too large for them.
     """
 
     def __init__(self, config: ConfigDict, dataset: data.Dataset, runs: int | None = None) -> None:
         self.config = config
         self.dataset = dataset
         self.runs = runs
+        check_memory(config, dataset)
         self.model = config_lib.build_model(config, dataset.num_classes)
         self.feature_axes = self.model.feature_axes()['params']
         self.orbits = build_orbits(config, dataset)
@@ -342,6 +345,39 @@ def new_state(config: ConfigDict, dataset: data.Dataset, scalars: Scalars) -> Tr
         mask = jax.tree.map(lambda x: jnp.ones(x.shape, bool), state.params)
         state = dataclasses.replace(state, mask=mask)
     return state
+
+
+def check_memory(config: ConfigDict, dataset: data.Dataset) -> None:
+    """Checks that a run's weights, their gradient and the optimizer's state fit into memory.
+
+    Activations come on top; what they need is known only to the compiler.
+
+    Raises:
+        UsageError: they do not.
+    """
+    # The same shapes, but initializers that make no array when they are only traced.
+    random = {'constnet': 'he', 'leakynet': 'h' * (config.model.depth - 3), 'mlp': 'random'}
+    shapes_of = ConfigDict(config.to_dict())
+    shapes_of.model.init = random.get(config.model.name, config.model.init)
+    shapes_of.model.sigma_w = None
+    new = functools.partial(new_state, shapes_of, dataset)
+    state = jax.eval_shape(new, scalars_of(config))
+    arrays = jax.tree.leaves((state.params, state.params, state.opt_state, state.batch_stats))
+    needed = sum(x.size * x.dtype.itemsize for x in arrays)
+    there = device_memory()
+    if needed > there:
+        count = sum(x.size for x in jax.tree.leaves(state.params))
+        raise UsageError(
+            f'model.width={config.model.width}, model.depth={config.model.depth}: {count:,} '
+            f'weights with gradient and optimizer need {needed / 2**30:,.1f} GiB of memory; '
+            f'must be at most {there / 2**30:,.1f}, what there is'
+        )
+
+
+def device_memory() -> int:
+    """Bytes of memory that a device has; for CPUs, that the machine has."""
+    stats = jax.local_devices()[0].memory_stats() or {}  # CPUs have none
+    return stats.get('bytes_limit') or os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
 
 
 def build_mesh(config: ConfigDict, runs: int | None) -> Mesh | None:

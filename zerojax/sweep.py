@@ -27,6 +27,8 @@ data or workdir; 143 or 130 after SIGTERM or SIGINT, once checkpoints are saved.
 import contextlib
 import itertools
 import json
+import math
+import os
 import pathlib
 import sys
 import time
@@ -49,6 +51,7 @@ from zerojax.train import claim, train, train_runs
 
 Job = tuple[ConfigDict, pathlib.Path]  # a run: its config, and its folder
 
+MAX_RUNS = 10_000
 MEASURED_CALLS = 3
 
 
@@ -261,8 +264,17 @@ def run(argv: list[str]) -> None:
     if seeds is not None and {'seed', 'perturbation.seed'} & grid.keys():
         raise UsageError('--seeds: decides seed and perturbation.seed; leave them out of the grid')
     config, workdir = cli.parse_flags(argv, prefix='sweep_')
+    number = math.prod(map(len, grid.values())) * (seeds or 1)
+    if number > MAX_RUNS:
+        raise UsageError(f'--grid: asks for {number} runs; must be at most {MAX_RUNS} in a sweep')
     jobs = list(grid_jobs(config, grid, seeds, workdir))
     folders = [job[1] for _, job in jobs]
+    longest = max(len(os.fsencode(folder.name)) for folder in folders)
+    if longest > 255:
+        raise UsageError(
+            f'--grid: the name of a folder would have {longest} bytes, must be at most 255; '
+            'vary fewer fields, or in config files of your own'
+        )
     if len(set(folders)) < len(folders):
         raise UsageError('--grid: two runs would share a folder; their values differ too little')
     summaries = sweep([job for _, job in jobs], at_once)

@@ -30,3 +30,15 @@ def test_full_disks(fire):
 
 def test_a_race(fire):
     stress.races(fire, 1)
+
+
+@pytest.mark.filterwarnings('ignore')  # TFDS warns of deprecations
+def test_damaged_data(fire):
+    with jax.numpy_dtype_promotion('standard'):
+        stress.data(fire, 1, 'cifar10')
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_odd_commands(fire):
+    with jax.numpy_dtype_promotion('standard'):
+        stress.configs(fire, 100)
