@@ -19,8 +19,8 @@ should be cold:
     PyTorch      images/s of training for the same network, batch and precision, channels_last,
                  without augmentation; by torch.compile where that works, else eager
 
-Without PyTorch (pip install 'zerojax[torch]') its columns stay empty. Ends in table.md and
-table.csv. All rows take forty minutes on two CPU cores; docs/performance.md keeps the results.
+Without PyTorch (pip install -e '.[torch]') its columns stay empty. Ends in table.md and table.csv.
+All rows take 25 minutes on two CPU cores; docs/performance.md keeps the results.
 """
 
 import dataclasses
@@ -135,19 +135,19 @@ def repeat(call: Callable[[], Any]) -> Callable[[int], None]:
 
 
 def time_in_turns(
-    calls: Mapping[str, Callable[[int], None]], repetitions: int
+    calls: Mapping[str, Callable[[int], None]], repetitions: int, seconds: float
 ) -> dict[str, Spread]:
     """Seconds of one call of each, which take turns, so that a slow moment of the machine hits all.
 
     `calls` are functions that make n calls and wait for the last. All make as many in a repetition,
-    so that the fastest takes `SECONDS` at least.
+    so that the fastest takes about `seconds` at least.
     """
     number = 1
     for call in calls.values():
         call(1)  # to warm up
         began = time.perf_counter()
         call(1)
-        number = max(number, round(SECONDS / (time.perf_counter() - began)))
+        number = max(number, round(seconds / (time.perf_counter() - began)))
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repetitions):
         for name, call in calls.items():
@@ -157,9 +157,9 @@ def time_in_turns(
     return {name: spread(each) for name, each in times.items()}
 
 
-def time_alone(call: Callable[[int], None], repetitions: int) -> Spread:
+def time_alone(call: Callable[[int], None], repetitions: int, seconds: float) -> Spread:
     """`time_in_turns` of one."""
-    return time_in_turns({'': call}, repetitions)['']
+    return time_in_turns({'': call}, repetitions, seconds)['']
 
 
 class Stepper:
@@ -209,7 +209,7 @@ def matrix_peak(precision: str, repetitions: int) -> float:
     size = 2048 if jax.default_backend() == 'cpu' else 8192
     x = jnp.ones((size, size), precision)
     product = jax.jit(lambda x: x @ x)
-    times = time_alone(repeat(lambda: product(x).block_until_ready()), repetitions)
+    times = time_alone(repeat(lambda: product(x).block_until_ready()), repetitions, SECONDS)
     return 2 * size**3 / times['least']
 
 
@@ -233,7 +233,7 @@ def measure(row: Row, repetitions: int) -> dict[str, Any]:
     memory = peak_memory()
     count, program = int(step.count), step.program
     analysis = step.executable.cost_analysis()
-    alone = time_alone(step, repetitions)
+    alone = time_alone(step, repetitions, SECONDS)
 
     hardware = build_config(row)
     hardware.determinism.mode = 'hardware'
@@ -246,6 +246,7 @@ def measure(row: Row, repetitions: int) -> dict[str, Any]:
             'projected': Stepper(projected, dataset),
         },
         repetitions,
+        SECONDS,
     )
 
     def evaluate() -> None:
@@ -256,8 +257,8 @@ def measure(row: Row, repetitions: int) -> dict[str, Any]:
         jax.block_until_ready(program.measure_asymmetry(step.state.params))
         program.unique_features(step.state.params)
 
-    evaluation = time_alone(repeat(evaluate), repetitions)
-    measured = time_alone(repeat(measurements), repetitions)
+    evaluation = time_alone(repeat(evaluate), repetitions, SECONDS)
+    measured = time_alone(repeat(measurements), repetitions, SECONDS)
     return {
         'train': rates(row.batch_size * count, alone),
         'evaluation': rates(len(dataset.eval.labels), evaluation),
@@ -367,6 +368,19 @@ def measure_row(row: Row, repetitions: int, *, with_torch: bool) -> dict[str, An
     }
 
 
+def tables(lines: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The lines as two tables that fit on a page: speed beside PyTorch's, and all the rest."""
+    row = ('network', 'batch', 'precision')
+    speed = (
+        'ms a step', 'train images/s', 'PyTorch eager, images/s', 'PyTorch compiled, images/s',
+        'over best PyTorch',
+    )  # fmt: skip
+    rest = [name for name in lines[0] if name not in row + speed]
+    return [
+        [{name: line[name] for name in (*row, *names)} for line in lines] for names in (speed, rest)
+    ]
+
+
 def run(argv: list[str]) -> None:
     """The command; `argv` are the program's name and the flags."""
     from experiments import runs
@@ -397,11 +411,10 @@ def run(argv: list[str]) -> None:
         print(f'-- {name}', flush=True)
         lines.append(measure_row(row, repetitions, with_torch=torch_version is not None))
         records.write_csv(workdir / 'table.csv', lines)
-    table = runs.markdown(lines)
+    both = '\n\n'.join(runs.markdown(table) for table in tables(lines))
     where = f'{machine["text"]}, torch {torch_version or "not installed"}'
-    text = f'    {command}\n\n{where}.\n\n{table}\n'
-    (workdir / 'table.md').write_text(text)
-    print(f'\n{table}\n\n{workdir}/table.md, table.csv')
+    (workdir / 'table.md').write_text(f'    {command}\n\n{where}.\n\n{both}\n')
+    print(f'\n{both}\n\n{workdir}/table.md, table.csv')
 
 
 def main(argv: list[str]) -> int:

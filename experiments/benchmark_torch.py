@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from experiments.benchmark import Row, rates, time_alone
+from experiments.benchmark import SECONDS, Row, rates, time_alone
 
 
 class Block(nn.Module):
@@ -66,4 +66,4 @@ def measure(row: Row, repetitions: int, *, compiled: bool) -> dict[str, Any]:
         if device == 'cuda':
             torch.cuda.synchronize()
 
-    return {'train': rates(row.batch_size, time_alone(train, repetitions))}
+    return {'train': rates(row.batch_size, time_alone(train, repetitions, SECONDS))}

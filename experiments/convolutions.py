@@ -37,6 +37,7 @@ from zerojax.errors import RunError, UsageError
 from zerojax.layers import convolve_direct, convolve_patches
 
 REPETITIONS = 9
+SECONDS = 0.05  # that a repetition takes at least
 SHAPES = (  # side, features in, features out, stride
     (32, 3, 16, 1),
     (32, 16, 16, 1),
@@ -116,7 +117,7 @@ def measure(shape: tuple[int, int, int, int], batch: int, which: str) -> dict[st
         return benchmark.repeat(lambda: function(*arguments).block_until_ready())
 
     calls = {name: timed(each) for name, each in expressions(which, shape[-1]).items()}
-    times = benchmark.time_in_turns(calls, REPETITIONS)
+    times = benchmark.time_in_turns(calls, REPETITIONS, SECONDS)
     return {name: each['median'] * 1e3 for name, each in times.items()}
 
 
@@ -141,7 +142,7 @@ def measure_torch(shape: tuple[int, int, int, int], batch: int, which: str) -> f
         if device == 'cuda':
             torch.cuda.synchronize()
 
-    return benchmark.time_alone(benchmark.repeat(call), REPETITIONS)['median'] * 1e3
+    return benchmark.time_alone(benchmark.repeat(call), REPETITIONS, SECONDS)['median'] * 1e3
 
 
 def all_of_torch(batch: int) -> list[float | None]:

@@ -39,7 +39,7 @@ def at_once(config: ConfigDict, numbers: list[int]) -> list[dict[str, Any]]:
         str(number): benchmark.Stepper(config, dataset, number if number > 1 else None)
         for number in numbers
     }
-    times = benchmark.time_in_turns(programs, REPETITIONS)
+    times = benchmark.time_in_turns(programs, REPETITIONS, benchmark.SECONDS)
     milliseconds = {
         number: {name: x * 1e3 / config.steps_per_call for name, x in times[str(number)].items()}
         for number in numbers

@@ -33,8 +33,7 @@ def clock(monkeypatch):
     return clock
 
 
-def test_calls_take_turns_and_are_timed_singly(clock, monkeypatch):
-    monkeypatch.setattr(benchmark, 'SECONDS', 6.0)
+def test_calls_take_turns_and_are_timed_singly(clock):
     made = []
 
     def lasting(name, seconds):
@@ -44,7 +43,9 @@ def test_calls_take_turns_and_are_timed_singly(clock, monkeypatch):
 
         return call
 
-    got = benchmark.time_in_turns({'short': lasting('short', 2), 'long': lasting('long', 5)}, 3)
+    got = benchmark.time_in_turns(
+        {'short': lasting('short', 2), 'long': lasting('long', 5)}, 3, 6.0
+    )
     assert got['short'] == {'median': 2, 'least': 2, 'most': 2}
     assert got['long']['median'] == 5
     assert made[4:] == [('short', 3), ('long', 3)] * 3, 'the shortest fills 6 seconds'
@@ -129,13 +130,22 @@ def test_a_process_that_fails_is_named(monkeypatch, capsys):
 
 def test_the_command(monkeypatch, tmp_path, capsys):
     argv = ['benchmark', f'--workdir={tmp_path}', '--rows=digits-10-1-32-f32']
-    monkeypatch.setattr(benchmark, 'measure_row', lambda row, *_, **__: {'batch': row.batch_size})
+    in_process = benchmark.in_process
+
+    def measured(kind, *arguments):
+        return in_process(kind) if kind == 'machine' else (FOUND, 1.0)
+
+    monkeypatch.setattr(benchmark, 'in_process', measured)
     assert benchmark.main(argv) == 0
     assert 'the CPU is measured' in capsys.readouterr().out
     with open(tmp_path / 'table.csv') as file:
-        assert list(csv.DictReader(file)) == [{'batch': '32'}]
+        (line,) = csv.DictReader(file)
+    assert (line['network'], line['batch']) == ('ConstNet-10-1, 8x8x1', '32')
     table = (tmp_path / 'table.md').read_text()
     assert 'python -m experiments.benchmark' in table
     assert 'torch' in table
+    for name, value in line.items():
+        assert name in table
+        assert f' {value} ' in table
     with pytest.raises(UsageError, match='rows=digits-1: no such row; allowed: digits-10-1-32-f32'):
         benchmark.run(['benchmark', '--rows=digits-1'])
