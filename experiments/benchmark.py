@@ -286,6 +286,7 @@ def in_process(
         'JAX_COMPILATION_CACHE_DIR': cache,
         'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
         'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '0',
+        'JAX_TRACEBACK_FILTERING': 'off',  # so that the last line is the error
     }
     child = json.dumps([kind, row and dataclasses.asdict(row), repetitions])
     began = time.perf_counter()
