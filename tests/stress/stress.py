@@ -58,7 +58,7 @@ from odd_commands import configs
 
 def kills(fire: Fire, number: int) -> None:
     """SIGKILL; moments are spread from the start of a process to its hundredth step."""
-    steps = 200 * number + 200  # more than as many lives can make
+    steps = 60 * number + 200  # more than as many lives make, of which many never come to train
     expected = fire.undisturbed(steps)
     workdir = fire.new_folder('killed')
     seconds = json.loads((expected / 'summary.json').read_text())['seconds']
