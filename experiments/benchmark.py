@@ -406,7 +406,7 @@ def run(argv: list[str]) -> None:
     if machine['backend'] == 'cpu':
         print('no accelerator here: the CPU is measured', flush=True)
     torch_version = importlib.util.find_spec('torch') and importlib.metadata.version('torch')
-    workdir.mkdir(parents=True, exist_ok=True)
+    cli.make_folder(workdir)
     lines = []
     for name, row in rows.items():
         print(f'-- {name}', flush=True)
@@ -424,11 +424,13 @@ def main(argv: list[str]) -> int:
         print(__doc__)
         return 0
     from zerojax import cli
+    from zerojax.stop import raise_on_signals
 
     text = cli.take_flag(argv, 'child')
     if text is not None:
         child(text)
         return 0
+    raise_on_signals()
     return cli.exit_status(lambda: run(argv))
 
 

@@ -35,6 +35,7 @@ from zerojax import cli, records
 from zerojax.determinism import jit_in_mode
 from zerojax.errors import RunError, UsageError
 from zerojax.layers import convolve_direct, convolve_patches
+from zerojax.stop import raise_on_signals
 
 REPETITIONS = 9
 SECONDS = 0.05  # that a repetition takes at least
@@ -160,7 +161,8 @@ def all_of_torch(batch: int) -> list[float | None]:
     command = [sys.executable, '-m', 'experiments.convolutions', f'--torch_batch={batch}']
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
-        raise RunError(f'PyTorch could not be measured: {done.stderr.strip()}')
+        reason = (done.stderr.strip().splitlines() or ['no message'])[-1]
+        raise RunError(f'PyTorch could not be measured: {reason}')
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -172,7 +174,7 @@ def run(argv: list[str]) -> None:
     batch = cli.take_count(argv, 'batch', 128, least=1)
     if len(argv) > 1:
         raise UsageError(f'command line: unexpected argument {argv[1]!r}')
-    workdir.mkdir(parents=True, exist_ok=True)
+    cli.make_folder(workdir)
     of_torch = iter(all_of_torch(batch))
     rows = []
     for shape in SHAPES:
@@ -204,6 +206,7 @@ def main(argv: list[str]) -> int:
         found = [measure_torch(shape, int(batch), which) for shape in SHAPES for which in PASSES]
         print(json.dumps(found))
         return 0
+    raise_on_signals()
     return cli.exit_status(lambda: run(argv))
 
 

@@ -11,6 +11,7 @@ minutes on two CPU cores. docs/performance.md keeps a result.
 import importlib
 import platform
 import statistics
+import sys
 import time
 
 import jax
@@ -72,6 +73,9 @@ def seconds_of_measurements(config_file: str, variant: str) -> tuple[float, list
 
 
 def main() -> None:
+    if {'-h', '--help'} & set(sys.argv[1:]):
+        print(__doc__)
+        return
     device = jax.devices()[0]
     print(f'jax {jax.__version__}, {device.device_kind}, {platform.machine()}')
     print('| images | batch | convolution | steps_per_call | ms a step |')

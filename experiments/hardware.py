@@ -28,8 +28,15 @@ def noise_floor(experiment: runs.Experiment) -> tuple[float, list[str]]:
     """Largest relative noise of any gradient of a weight in repeated calls, and the verdict."""
     file = experiment.workdir / 'audit.json'
     fields = json.loads(json.dumps(experiment.config.to_dict()))
-    if file.exists() and (found := json.loads(file.read_text()))['config'] == fields:
-        return found['floor'], found['verdict']
+    here = {
+        name: value
+        for name, value in records.environment().items()
+        if name in ('host', 'device_kind', 'device_count', 'cpu_count', 'versions', 'xla_flags')
+    }
+    if file.exists():
+        found = records.read_json(file, ('floor', 'verdict', 'config', *here))
+        if found['config'] == fields and all(found[name] == here[name] for name in here):
+            return found['floor'], found['verdict']
     config = runs.changed(experiment.config, **{'determinism.mode': 'hardware'})
     program = audit.prepare_step(config)
     compiled = audit.compile_step(program)

@@ -16,9 +16,9 @@ default. docs/performance.md keeps the results.
 
 import json
 import pathlib
-import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from typing import Any
 
@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 from experiments import benchmark, runs
 from zerojax import cli, records
 from zerojax.errors import RunError, UsageError
+from zerojax.stop import raise_on_signals
 
 RUNS = '1,2,16'
 REPETITIONS = 5
@@ -57,28 +58,26 @@ def at_once(config: ConfigDict, numbers: list[int]) -> list[dict[str, Any]]:
 
 
 def sweep_seconds(flags: list[str], workdir: pathlib.Path, number: int) -> tuple[float, int]:
-    """Wall time of a sweep over so many seeds, and how many runs it computed at once.
+    """Wall time of a sweep over so many seeds, in a new folder in `workdir`; runs at once.
 
     Raises:
         RunError: the sweep failed.
     """
-    if workdir.exists():
-        shutil.rmtree(workdir)  # of an earlier measurement
-    command = [sys.executable, '-m', 'zerojax.sweep', *flags, f'--workdir={workdir}']
+    folder = tempfile.mkdtemp(prefix=f'sweep_{number}_', dir=workdir)
+    command = [sys.executable, '-m', 'zerojax.sweep', *flags, f'--workdir={folder}']
     began = time.perf_counter()
     done = subprocess.run([*command, f'--seeds={number}'], capture_output=True, text=True)
     seconds = time.perf_counter() - began
     if done.returncode != 0:
-        raise RunError(f'the sweep of {number} runs failed: {done.stderr.strip()}')
-    manifest = next(workdir.glob('*/manifest.json')).read_text()
+        reason = (done.stderr.strip().splitlines() or ['no message'])[-1]
+        raise RunError(f'the sweep of {number} runs failed: {reason}')
+    manifest = next(pathlib.Path(folder).glob('*/manifest.json')).read_text()
     return seconds, json.loads(manifest)['execution']['runs_at_once']
 
 
 def sweeps(flags: list[str], workdir: pathlib.Path, numbers: list[int]) -> list[dict[str, Any]]:
     """The rows of the second table."""
-    measured = {
-        number: sweep_seconds(flags, workdir / f'sweep_{number}', number) for number in numbers
-    }
+    measured = {number: sweep_seconds(flags, workdir, number) for number in numbers}
     first = measured[1][0]
     return [
         {
@@ -96,16 +95,18 @@ def run(argv: list[str]) -> None:
     command = ' '.join(['python -m experiments.many_runs', *argv[1:]])
     argv = list(argv)
     text = cli.take_flag(argv, 'runs') or RUNS
-    numbers = [int(each) if each.isdigit() else 0 for each in text.split(',')]
+    words = [each if each.isascii() and each.isdigit() else '0' for each in text.split(',')]
+    numbers = [int(each[:9]) for each in words]
     if numbers[:2] != [1, 2] or numbers != sorted(set(numbers)):
         raise UsageError(f'--runs={text}: must be rising whole numbers that begin with 1,2')
+    workdir = pathlib.Path(cli.take_flag(argv, 'workdir') or 'runs/experiments/many_runs')
     if not any(each.startswith('--config=') for each in argv):
         argv.insert(1, '--config=configs/digits.py')
-    if not any(each.startswith('--workdir=') for each in argv):
-        argv.append('--workdir=runs/experiments/many_runs')
-    config, workdir = cli.parse_flags(argv)
-    flags = [each for each in argv[1:] if not each.startswith('--workdir=')]
-    workdir.mkdir(parents=True, exist_ok=True)
+    if '--workdir' in argv:
+        raise UsageError('--workdir: must be given as --workdir=DIR')
+    config, _ = cli.parse_flags(argv)
+    flags = argv[1:]
+    cli.make_folder(workdir)
     # The sweeps first: this process must not hold a device that they need.
     tables = {'sweep': sweeps(flags, workdir, numbers)}
     tables['at_once'] = at_once(config, numbers)
@@ -121,6 +122,7 @@ def main(argv: list[str]) -> int:
     if {'-h', '--help'} & set(argv[1:]):
         print(__doc__)
         return 0
+    raise_on_signals()
     return cli.exit_status(lambda: run(argv))
 
 

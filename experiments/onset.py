@@ -197,7 +197,8 @@ def draw_onsets(axes: Any, found: dict[str, Any]) -> None:
         color = runs.COLORS[seed % len(runs.COLORS)]
         points = [(scale, its_runs[seed].onset()) for scale, its_runs in measured.items()]
         started = [(scale, onset) for scale, onset in points if onset is not None]
-        axes.plot(*zip(*started, strict=True), 'o', color=color, ms=5, label=f'seed {seed}')
+        scales, onsets = zip(*started, strict=True) if started else ((), ())
+        axes.plot(scales, onsets, 'o', color=color, ms=5, label=f'seed {seed}')
         height = num_steps * (1.05 + 0.04 * seed)
         never = [scale for scale, onset in points if onset is None]
         axes.plot(never, [height] * len(never), 'x', color=color, ms=5)

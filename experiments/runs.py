@@ -38,6 +38,7 @@ from zerojax.sweep import sweep
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#999999')
 STYLES = ('-', '--', ':')
+MAX_SEEDS = 1000
 
 load_dataset = functools.cache(data.load)
 
@@ -87,23 +88,16 @@ def main(
 
     def run_experiment() -> None:
         flags = {argument.split('=')[0] for argument in argv[1:]}
-        number = seeds
-        for argument in [each for each in argv if each.startswith('--seeds=')]:
-            argv.remove(argument)
-            text = argument.removeprefix('--seeds=')
-            if not (text.isascii() and text.isdigit()) or int(text) < 1:
-                raise UsageError(f'--seeds={text}: must be a whole number of at least 1')
-            number = int(text)
+        number = cli.take_count(argv, 'seeds', seeds, least=1)
+        if number > MAX_SEEDS:
+            raise UsageError(f'--seeds={number}: must be at most {MAX_SEEDS}')
         command = ' '.join(['python -m', f'experiments.{name}', *sys.argv[1:]])
         if '--config' not in flags:
             argv.insert(1, f'--config={config_file}')
         if '--workdir' not in flags:
             argv.insert(1, f'--workdir=runs/experiments/{name}')
         config, workdir = cli.parse_flags(argv)
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f'--workdir={workdir}: cannot be written ({error.strerror})') from None
+        cli.make_folder(workdir)
         # Runs that differ only in their seed share executables.
         jax.config.update('jax_compilation_cache_dir', str(workdir / 'compilation_cache'))
         jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)

@@ -113,7 +113,7 @@ def run(experiment: runs.Experiment) -> None:
                         describe(each, lowest) for each, _ in smallest
                     ),
                     'onset there (step)': ', '.join(
-                        str(tried.get(max(each, lowest))) for each, tried in smallest
+                        str(tried.get(max(each, lowest), '-')) for each, tried in smallest
                     ),
                 }
             )

@@ -14,6 +14,7 @@ import numpy as np
 
 from experiments import runs
 from experiments.trajectories import Laboratory, Trajectory
+from zerojax.errors import UsageError
 from zerojax.perturb import NONE, Perturbation
 
 STEPS = (0, 10, 100, 1000)
@@ -52,6 +53,11 @@ def run(experiment: runs.Experiment) -> None:
     for shortcut in SHORTCUTS:
         config = runs.changed(experiment.config, **{'model.shortcut': shortcut})
         laboratory = Laboratory(config, experiment.workdir / 'runs' / shortcut)
+        if laboratory.config.num_steps <= STEPS[-1]:
+            raise UsageError(
+                f'num_steps={laboratory.config.num_steps}: must be above {STEPS[-1]}, the last '
+                'step that this experiment perturbs'
+            )
         arms: dict[int | None, Perturbation] = {
             at_step: Perturbation('gaussian', scale, at_step=at_step) for at_step in STEPS
         }

@@ -60,7 +60,7 @@ def first_at_least(asymmetry: np.ndarray, threshold: float) -> int | None:
 
 def read_trajectory(workdir: pathlib.Path) -> Trajectory:
     """That of a finished run that logged each step."""
-    summary = json.loads((workdir / 'summary.json').read_text())
+    summary = records.read_json(workdir / 'summary.json')
     lines = [
         line
         for line in map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
@@ -91,7 +91,8 @@ class Laboratory:
             **{f'perturbation.{name}': value for name, value in vars(NONE).items()},
         )
         self.config = resolve(config, dataset)
-        self.program = self.programs.program(self.config, dataset, None)
+        with numbers_of(config.param_dtype):
+            self.program = self.programs.program(self.config, dataset, None)
         self.dataset = dataset
         self.model = self.program.model
         self.make_batch = self.program.make_batch
@@ -134,12 +135,13 @@ class Laboratory:
                 result = compute()
             self.folder.mkdir(parents=True, exist_ok=True)
             records.write_json(file, fields | result)
-        return json.loads(file.read_text())
+        return records.read_json(file, list(fields))
 
     def initial_state(self, seed: int) -> TrainState:
         """The unperturbed state before the first step; the seed decides the noise to come too."""
         seeds = {'seed': np.int32(seed), 'perturbation.seed': np.int32(seed)}
-        return self.program.initial_state(scalars_of(self.config) | seeds)
+        with numbers_of(self.config.param_dtype):
+            return self.program.initial_state(scalars_of(self.config) | seeds)
 
     def sources(self, state: TrainState) -> Iterator[Source]:
         """What each step reads."""

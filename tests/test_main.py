@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import pytest
@@ -218,3 +219,13 @@ def test_help():
     done = run('--help')
     assert done.returncode == 0
     assert '--config=configs/NAME.py' in done.stdout
+
+
+def test_late_operations_of_a_failed_save_say_nothing(monkeypatch):
+    said = []
+    monkeypatch.setattr(sys, 'unraisablehook', lambda each: said.append(str(each.exc_value)))
+    for _ in range(2):
+        assert exit_status(lambda: None) == 0
+    for error in (RuntimeError('Event loop is closed'), RuntimeError('other'), OSError('b')):
+        sys.unraisablehook(types.SimpleNamespace(exc_value=error))
+    assert said == ['other', 'b']

@@ -105,15 +105,17 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def start_two(workdir, *flags):
+def start_two(workdir, *flags, module='main', share=2):
     address = f'127.0.0.1:{free_port()}'
     toy = [
         '--config.model.name=mlp', '--config.model.width=32', '--config.model.convolution=direct'
     ]  # fmt: skip
-    shared = [*SHORT, *toy, '--config.mesh.data=2', f'--workdir={workdir}', *flags]
+    shared = [*SHORT, *toy, f'--config.mesh.data={share}', f'--workdir={workdir}', *flags]
     return [
         subprocess.Popen(
-            command(*shared, f'--distributed={address},2,{i}', '--distributed_timeout=60'),
+            command(
+                *shared, f'--distributed={address},2,{i}', '--distributed_timeout=60', module=module
+            ),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(1), cwd=ROOT,
         )
         for i in range(2)
@@ -168,6 +170,22 @@ def test_both_killed_they_resume_to_the_same_weights_and_records(undisturbed, tm
     assert read(tmp_path)['params_sha256'] == read(undisturbed)['params_sha256']
     metrics = 'metrics.jsonl'
     assert (tmp_path / metrics).read_bytes() == (undisturbed / metrics).read_bytes()
+
+
+def test_two_processes_share_the_runs_of_a_sweep(tmp_path):
+    flags = ['--seeds=2', '--runs_at_once=2', '--config.num_steps=4']
+    first, second = finish(start_two(tmp_path, *flags, module='sweep', share=1))
+    assert 'sweep.csv: 2 of 2 runs' in first
+    assert 'sweep.csv' not in second
+    mesh = read(tmp_path / 'seed=1', 'manifest.json')['execution']['mesh']
+    assert mesh == {'run': 2, 'data': 1}
+    hashes = {read(tmp_path / f'seed={i}')['params_sha256'] for i in range(2)}
+    assert len(hashes) == 2
+    flags = ['--seeds=3', '--runs_at_once=2']
+    processes = start_two(tmp_path / 'other', *flags, module='sweep', share=1)
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2]
+    assert '--runs_at_once=2: must divide the number of unfinished runs' in errors[0]
 
 
 def test_a_signal_to_one_stops_both(tmp_path):

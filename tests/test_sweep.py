@@ -3,6 +3,7 @@
 import csv
 import json
 import signal
+import types
 
 import jax
 import numpy as np
@@ -162,13 +163,77 @@ def test_what_is_wrong_with_any_run_is_said_before_the_first_is_trained(tiny_con
     assert list(tmp_path.iterdir()) == []
 
 
-def test_batches_are_of_equal_size_and_have_a_step_in_common(tmp_path):
+def test_a_structure_and_a_folder_are_checked_before_the_first_run_is_trained(
+    toy_config, tmp_path, monkeypatch
+):
+    toy_config.num_steps = 2
+    with monkeypatch.context() as patch:
+        patch.setattr(program, 'device_memory', lambda: 100_000)
+        wide = variants(toy_config, tmp_path, **{'model.width': [1, 2000]})
+        with pytest.raises(UsageError, match=r'^1: model\.width=2000, model\.depth=7: .* weights'):
+            sweep.sweep(wide)
+    late = variants(toy_config, tmp_path, **{'perturbation.at_step': [0, 2]})
+    with pytest.raises(UsageError, match=r'^1: perturbation\.at_step=2: must be below num_steps=2'):
+        sweep.sweep(late)
+    assert list(tmp_path.iterdir()) == []
+    begun = tmp_path / '1'
+    begun.mkdir()
+    (begun / 'config.json').write_text('{"seed": 5}')
+    with pytest.raises(UsageError, match='1: holds a run of another config'):
+        sweep.sweep(variants(toy_config, tmp_path, seed=[0, 1]))
+    assert [path.name for path in tmp_path.iterdir()] == ['1']
+
+
+@pytest.mark.parametrize('text', ['{"st', '{}', '[]'])
+def test_a_damaged_summary_is_a_mistake(text, toy_config, tmp_path):
+    toy_config.num_steps = 2
+    (job,) = variants(toy_config, tmp_path, seed=[0])
+    sweep.sweep([job])
+    (job[1] / 'summary.json').write_text(text)
+    with pytest.raises(UsageError, match=r'summary\.json: cannot be read'):
+        sweep.sweep([job])
+    (job[1] / 'summary.json').unlink()
+    (again,) = sweep.sweep([job])
+    assert again['step'] == 2
+
+
+def test_one_damaged_run_does_not_take_its_batch_with_it(toy_config, tmp_path):
+    jobs = variants(toy_config, tmp_path, seed=[0, 1, 2])
+    whole = sweep.sweep(jobs, 3)
+    for _, workdir in jobs:
+        (workdir / 'summary.json').unlink()
+    for file in (tmp_path / '1' / 'checkpoints').rglob('*'):
+        if file.is_file():
+            file.write_bytes(b'')
+    with pytest.raises(RunError, match=r'^1 of 3 runs failed: 1: .*damaged') as caught:
+        sweep.sweep(jobs, 3)
+    assert '0/checkpoints' not in str(caught.value)
+    for i in (0, 2):
+        summary = json.loads((tmp_path / str(i) / 'summary.json').read_text())
+        assert summary['params_sha256'] == whole[i]['params_sha256']
+
+
+def test_the_table_has_the_finished_runs_when_others_fail(tmp_path, capsys):
+    flags = [
+        '--config=configs/digits.py', '--config.num_steps=4', '--config.model.name=mlp',
+        '--config.model.convolution=direct', f'--workdir={tmp_path}',
+        '--grid.optimizer.learning_rate=0.1,1e30',
+    ]  # fmt: skip
+    with jax.numpy_dtype_promotion('standard'):
+        assert sweep.main(['sweep', *flags]) == 1
+    assert 'sweep.csv: 1 of 2 runs' in capsys.readouterr().out
+    with open(tmp_path / 'sweep.csv') as file:
+        assert [row['run'] for row in csv.DictReader(file)] == ['optimizer.learning_rate=0.1']
+
+
+def test_batches_are_as_large_as_asked_for_and_have_a_step_in_common(tmp_path):
     steps = [[], [0], [6, 12], [0, 6], [12], []]
     for i, its_steps in enumerate(steps):
         for step in its_steps:
             (tmp_path / str(i) / 'checkpoints' / str(step)).mkdir(parents=True)
     workdirs = [tmp_path / str(i) for i in range(len(steps))]
     assert list(sweep.batches(workdirs, 2)) == [[0, 1], [5], [2, 3], [4]]
+    assert list(sweep.batches([tmp_path / 'new'] * 5, 4)) == [[0, 1, 2, 3], [4]]
     assert list(sweep.batches(workdirs, 9)) == [[0, 1, 5], [2], [3], [4]]
 
 
@@ -206,6 +271,7 @@ def test_the_command_trains_a_grid_and_adds_to_it(tmp_path, capsys):
         (['--grid.optimizer.drop_at=1'], '--grid.optimizer.drop_at: is a tuple, which a grid'),
         (['--grid.seed'], '--grid.seed: must be --grid.FIELD=VALUE,VALUE,...'),
         (['--grid.seed=1,1'], '--grid.seed=1,1: names a value twice'),
+        (['--grid.seed=1', '--grid.seed=2'], '--grid.seed: given twice; name all values in one'),
         (['--grid.seed=1,-1'], 'seed=-1: seed=-1: must be from 0 to'),
         (['--grid.seed=1,2', '--seeds=999999999'], '--seeds: decides seed'),
         (['--grid.model.width=1,2', '--seeds=99999999'], '--grid: asks for 199999998 runs; must'),
@@ -228,13 +294,16 @@ def test_mistakes_are_one_line_and_nothing_is_written(tmp_path, capsys, flags, m
 def test_the_fastest_number_is_measured_on_accelerators_alone(toy_config, monkeypatch):
     programs = program.Programs()
     config = train.resolve(toy_config, programs.dataset(toy_config))
-    assert sweep.fastest(config, 20, programs) == 1
+    said = []
+    progress = types.SimpleNamespace(say=said.append)
+    assert sweep.fastest(config, 20, programs, progress) == 1
     monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
     measured = {1: 1.0, 4: 2.0, 16: 4.0, 20: 6.0}
     monkeypatch.setattr(sweep, 'seconds_a_call', lambda config, runs, programs: measured[runs])
-    assert sweep.fastest(config, 20, programs) == 16
+    assert sweep.fastest(config, 20, programs, progress) == 16
+    assert said == ['measured: 16 runs at once are fastest']
     config.determinism.mode = 'hardware'
-    assert sweep.fastest(config, 20, programs) == 1
+    assert sweep.fastest(config, 20, programs, progress) == 1
 
 
 def test_a_call_is_timed(toy_config):

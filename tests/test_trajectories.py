@@ -156,6 +156,9 @@ def test_timing(experiment, fake, monkeypatch):
     rows = table(experiment)
     assert [row['perturbed at step'] for row in rows] == ['0', '2', 'never'] * 2
     assert [row['steps until asymmetry 0.1'] for row in rows] == ['4, 4', '3, 3', '-'] * 2
+    monkeypatch.setattr(timing, 'STEPS', (0, STEPS))
+    with pytest.raises(UsageError, match=f'^num_steps={STEPS}: must be above {STEPS}, the last'):
+        timing.run(experiment)
 
 
 def test_sources(experiment, fake):
@@ -223,6 +226,16 @@ def test_onset(experiment, fake, monkeypatch):
         kinks = list(csv.DictReader(file))
     assert {row['shortcut'] for row in kinks} == {'post_relu'}
     assert [row['step'] for row in kinks] == ['0', '1'] * 2
+
+
+def test_a_seed_that_never_starts_is_drawn_as_such(experiment):
+    _, axes = runs.new_figure(1, 1)
+    never = Trajectory(np.ones(STEPS), np.zeros(STEPS), 0.1, None)
+    found = {'num_steps': STEPS, 'measured': {1e-30: [never], 1e-6: [never]}, 'one_sided': [{}]}
+    onset.draw_onsets(axes, found | {'linear': [np.full(STEPS + 1, -100.0)]})
+    dots, crosses = axes.lines[:2]
+    assert len(dots.get_xdata()) == 0
+    assert list(crosses.get_xdata()) == [1e-30, 1e-6]
 
 
 def test_features_start_on_a_kink_behind_the_relu_alone(config, tmp_path, monkeypatch):

@@ -3,7 +3,9 @@
 import logging as python_logging
 import pathlib
 import sys
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from absl import flags, logging
@@ -17,7 +19,11 @@ from zerojax.stop import Stopped
 
 def exit_status(command: Callable[[], object]) -> int:
     """Runs a command; prints what it raises as one line on stderr and returns the exit status."""
-    # Orbax and TFDS warn of what is normal here, and log errors that they raise as well.
+    # Orbax and TFDS warn of what is normal here, and log errors that they raise as well. Orbax
+    # leaves reads behind when one of them fails.
+    warnings.filterwarnings('ignore', 'coroutine .* was never awaited', RuntimeWarning)
+    if not isinstance(sys.unraisablehook, _WithoutLateOperations):
+        sys.unraisablehook = _WithoutLateOperations(sys.unraisablehook)
     logging.set_verbosity(logging.FATAL)
     python_logging.getLogger('asyncio').setLevel(python_logging.CRITICAL)
     try:
@@ -45,6 +51,18 @@ def exit_status(command: Callable[[], object]) -> int:
         print(stopped, file=sys.stderr)
         return 128 + stopped.signal
     return 0
+
+
+class _WithoutLateOperations:
+    """Leaves out what reads and writes of Orbax say that end after one of them has failed."""
+
+    def __init__(self, otherwise: Callable[[Any], object]) -> None:
+        self.otherwise = otherwise
+
+    def __call__(self, unraisable: Any) -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == 'Event loop is closed'):
+            self.otherwise(unraisable)
 
 
 def _print_error(message: str) -> None:
@@ -95,6 +113,20 @@ def parse_flags(
             'object storage, see docs/cloud.md'
         )
     return config, pathlib.Path(workdir)
+
+
+def make_folder(workdir: pathlib.Path) -> None:
+    """Makes the folder of what a command leaves beside runs.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f'--workdir={workdir}: cannot be written ({error.strerror}); name another folder'
+        ) from None
 
 
 def take_flag(argv: list[str], name: str) -> str | None:

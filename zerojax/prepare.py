@@ -1,5 +1,6 @@
 """What can be wrong with a run is found here, before anything is written."""
 
+import functools
 import pathlib
 import re
 from typing import Any
@@ -14,7 +15,8 @@ from zerojax import config as config_lib
 from zerojax import data, determinism, objectstore, perturb, pruning, symmetry
 from zerojax.checkpoint import COMMITTED, Checkpoints
 from zerojax.errors import UsageError
-from zerojax.program import Program
+from zerojax.precision import numbers_of
+from zerojax.program import Program, check_memory, new_state, scalars_of
 from zerojax.step import TrainState
 
 Ticket = dict[str, Any]
@@ -79,6 +81,19 @@ def check_backend(mode: str) -> None:
         determinism.check_supported(mode)
     except ValueError as error:
         raise UsageError(f'determinism.{error}') from error
+
+
+def check_structure(config: ConfigDict, dataset: data.Dataset) -> None:
+    """Checks a resolved config without compiling anything, so that no other run is trained first.
+
+    Raises:
+        UsageError: the mode cannot be granted, the network is too large, or as `check_layers`.
+    """
+    check_backend(config.determinism.mode)
+    with numbers_of(config.param_dtype):
+        check_memory(config, dataset)
+        new = functools.partial(new_state, config, dataset)
+        check_layers(config, jax.eval_shape(new, scalars_of(config)).params)
 
 
 def check_layers(config: ConfigDict, params: Any) -> None:

@@ -86,7 +86,7 @@ class Program:
     """The compiled functions of a resolved config, and its data on the device.
 
     Args:
-        config: as `train.resolve` returns it; its `SCALARS` are not looked at.
+        config: as `prepare.resolve` returns it; its `SCALARS` are not looked at.
         dataset: the config's data.
         runs: None, or how many runs are computed at once.
 
@@ -219,9 +219,12 @@ class Program:
         if self.runs is None:
             (state,) = states
             return state
-        stacked = jax.tree.map(lambda *x: jnp.stack(x), *states)
-        stacked = dataclasses.replace(stacked, step=states[0].step)
-        return stacked if self.mesh is None else jax.device_put(stacked, self._state_shardings())
+
+        def stack(states: list[TrainState]) -> TrainState:
+            stacked = jax.tree.map(lambda *x: jnp.stack(x), *states)
+            return dataclasses.replace(stacked, step=states[0].step)
+
+        return jax.jit(stack, out_shardings=self._state_shardings())(states)
 
     def split(self, tree: Any) -> list[Any]:
         """A tree for each run, from what the functions return."""

@@ -10,6 +10,7 @@ import pathlib
 import platform
 import subprocess
 import time
+from collections.abc import Sequence
 from typing import Any, Self
 
 import jax
@@ -42,6 +43,24 @@ def write_json(path: pathlib.Path, value: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
+
+
+def read_json(path: pathlib.Path, fields: Sequence[str] = ()) -> Record:
+    """Reads an object that has these fields.
+
+    Raises:
+        UsageError: it is damaged.
+    """
+    try:
+        value = json.loads(path.read_text())
+        missing = [name for name in fields if name not in value]
+        if not isinstance(value, dict) or missing:
+            raise ValueError(f'lacks {", ".join(missing)}')
+    except (ValueError, TypeError) as error:
+        raise UsageError(
+            f'{path}: cannot be read ({error}); remove it, and the same command makes it anew'
+        ) from error
+    return value
 
 
 def write_csv(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from types import FrameType
 from typing import Self
 
@@ -23,6 +24,19 @@ def exit_on_signals() -> None:
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: os._exit(128 + number))
+
+
+def raise_on_signals() -> None:
+    """Lets SIGTERM and SIGINT raise SystemExit(128 + their number).
+
+    For a process that only waits for others: `subprocess.run` ends what it waits for.
+    """
+
+    def leave(number: int, _: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, leave)
 
 
 class StopRequest:

@@ -11,8 +11,9 @@ python -m zerojax.sweep --config=configs/digits.py --seeds=4 --grid.perturbation
 Every combination of the values is a run; --seeds=N makes each with the seeds 0 to N - 1, which
 decide everything random in it, the perturbation included. Each run has a folder of its own in DIR
 (default: runs/sweep_NAME), named by its values, with the files that `zerojax.main` would leave;
-DIR/sweep.csv has a line for each. Stopped and started again, the sweep goes on where it was; with
-more values it adds their runs.
+DIR/sweep.csv has a line for each that is finished, of those that the command names. Stopped and
+started again, the sweep goes on where it was, and finished runs stay as they are; with more values
+it adds their runs.
 
 Runs that differ only in seeds, scale of the perturbation, learning rate, momentum or weight decay
 share one compiled program. One after another (--runs_at_once=1) they give the bits that
@@ -26,7 +27,6 @@ data or workdir; 143 or 130 after SIGTERM or SIGINT, once checkpoints are saved.
 
 import contextlib
 import itertools
-import json
 import math
 import os
 import pathlib
@@ -43,7 +43,7 @@ from zerojax import cli, distributed, records
 from zerojax import config as config_lib
 from zerojax.errors import RunError, UsageError
 from zerojax.precision import numbers_of
-from zerojax.prepare import checkpoint_steps, resolve
+from zerojax.prepare import check_structure, checkpoint_steps, resolve
 from zerojax.program import Programs, Source, scalars_of, structure
 from zerojax.progress import Progress
 from zerojax.stop import exit_on_signals
@@ -53,6 +53,10 @@ Job = tuple[ConfigDict, pathlib.Path]  # a run: its config, and its folder
 
 MAX_RUNS = 10_000
 MEASURED_CALLS = 3
+COLUMNS = (  # of sweep.csv, from each run's summary
+    'step', 'train_loss', 'eval_accuracy', 'best_eval_accuracy', 'asymmetry', 'broken_at_step',
+    'params_sha256', 'seconds',
+)  # fmt: skip
 
 
 def sweep(
@@ -63,11 +67,13 @@ def sweep(
     Args:
         jobs: config and folder of each run; the folders differ.
         runs_at_once: how many runs of one structure (see `zerojax.program`) are computed as one
-            batched program; None: what is measured to be fastest on this backend.
+            batched program (the last ones may be fewer); None: what is measured to be fastest on
+            this backend, 1 on several processes.
         programs: shared by sweeps that follow one another, so that they do not compile anew.
 
     Raises:
-        UsageError: a config or a folder is wrong; nothing was trained if it is a config.
+        UsageError: a config or a folder is wrong; nothing was trained, unless it depends on the
+            weights that a run starts with.
         RunError: runs failed; all others are finished.
         Stopped: SIGTERM or SIGINT came; checkpoints were saved.
     """
@@ -82,24 +88,39 @@ def sweep(
                 'each run is audited'
             )
     programs = programs or Programs()
-    resolved = [resolve(config, programs.dataset(config)) for config, _ in jobs]
-    summaries = [finished(c, workdir) for c, (_, workdir) in zip(resolved, jobs, strict=True)]
+    resolved: dict[int, ConfigDict] = {}
+    summaries: dict[int, records.Record] = {}
     pending: dict[str, list[int]] = {}
-    for i, (config, summary) in enumerate(zip(resolved, summaries, strict=True)):
+    # In an order in which each dataset is loaded once.
+    for i in sorted(range(len(jobs)), key=lambda i: str(jobs[i][0].dataset)):
+        config, workdir = jobs[i]
+        dataset = programs.dataset(config)
+        try:
+            resolved[i] = resolve(config, dataset)
+            alike = pending.setdefault(structure(resolved[i]), [])
+            if not alike:
+                check_structure(resolved[i], dataset)
+        except UsageError as error:
+            raise UsageError(f'{workdir.name}: {error}') from error
+        summary = finished(resolved[i], workdir)
         if summary is None:
-            pending.setdefault(structure(config), []).append(i)
+            alike.append(i)
+        else:
+            summaries[i] = summary
+    if jax.process_count() > 1 and any(len(x) % (runs_at_once or 1) for x in pending.values()):
+        raise UsageError(
+            f'--runs_at_once={runs_at_once}: must divide the number of unfinished runs that share '
+            'a program, so that each batch uses the devices of all processes'
+        )
 
     failed = {}
     with Progress(sum(resolved[i].num_steps for i in itertools.chain(*pending.values()))) as bar:
-        for numbers in pending.values():
-            at_once = runs_at_once or fastest(resolved[numbers[0]], len(numbers), programs)
+        for numbers in filter(None, pending.values()):
+            at_once = runs_at_once or fastest(resolved[numbers[0]], len(numbers), programs, bar)
             for batch in batches([jobs[i][1] for i in numbers], at_once):
                 chosen = [numbers[i] for i in batch]
-                results = (
-                    train_runs([jobs[i] for i in chosen], programs, bar, batched=True)
-                    if at_once > 1
-                    else [train_alone(jobs[i], programs, bar) for i in chosen]
-                )
+                train_batch = train_together if at_once > 1 else train_each
+                results = train_batch([jobs[i] for i in chosen], programs, bar)
                 for i, result in zip(chosen, results, strict=True):
                     if isinstance(result, RunError):
                         failed[jobs[i][1]] = result
@@ -108,32 +129,50 @@ def sweep(
     if failed:
         reasons = '; '.join(f'{workdir.name}: {error}' for workdir, error in failed.items())
         raise RunError(f'{len(failed)} of {len(jobs)} runs failed: {reasons}')
-    return [summary for summary in summaries if summary is not None]
+    return [summaries[i] for i in range(len(jobs))]
 
 
-def train_alone(job: Job, programs: Programs, progress: Progress) -> records.Record | RunError:
-    """The run's summary, or what it failed with."""
+def train_each(
+    jobs: list[Job], programs: Programs, progress: Progress
+) -> list[records.Record | RunError]:
+    """Trains runs one after another; for each its summary, or what it failed with."""
+    results: list[records.Record | RunError] = []
+    for job in jobs:
+        try:
+            results.append(train(*job, programs, progress))
+        except RunError as error:
+            results.append(error)
+    return results
+
+
+def train_together(
+    jobs: list[Job], programs: Programs, progress: Progress
+) -> list[records.Record | RunError]:
+    """`train_each` as one batched program, as long as none has a damaged checkpoint."""
     try:
-        return train(*job, programs, progress)
-    except RunError as error:
-        return error
+        return train_runs(jobs, programs, progress, batched=True)
+    except RunError:  # it is that of one run; each for itself they find out whose
+        return train_each(jobs, programs, progress)
 
 
 def finished(resolved: ConfigDict, workdir: pathlib.Path) -> records.Record | None:
     """The summary of the run in `workdir` if it is finished; None if there is more to do.
 
     Raises:
-        UsageError: it is a run of another config, or in use.
+        UsageError: it is a run of another config, in use, or its summary is damaged.
     """
-    if not (workdir / 'summary.json').exists():
+    config_file, summary_file = workdir / 'config.json', workdir / 'summary.json'
+    if not (config_file.exists() or summary_file.exists()):
         return None
     with contextlib.ExitStack() as stack:
         claim([workdir], [resolved], stack)
-        return json.loads((workdir / 'summary.json').read_text())
+        if not summary_file.exists():
+            return None
+        return records.read_json(summary_file, COLUMNS)
 
 
 def batches(workdirs: Sequence[pathlib.Path], at_once: int) -> Iterator[list[int]]:
-    """Indices of the runs to be trained together, of about equal number.
+    """Indices of the runs to be trained together, `at_once` or, at last, those that are left.
 
     Runs in lockstep must go on from a step of which all have a checkpoint, so those that have one
     are put together only with such, and if there is no common step they go on alone.
@@ -142,22 +181,27 @@ def batches(workdirs: Sequence[pathlib.Path], at_once: int) -> Iterator[list[int
     new = [i for i, its_steps in enumerate(steps) if its_steps == {0}]
     begun = [i for i, its_steps in enumerate(steps) if its_steps != {0}]
     for group in (new, begun):
-        for indices in np.array_split(group, -(-len(group) // at_once)) if group else []:
-            batch = [int(i) for i in indices]
+        for begin in range(0, len(group), at_once):
+            batch = group[begin : begin + at_once]
             if set.intersection(*(steps[i] for i in batch)):
                 yield batch
             else:
                 yield from ([i] for i in batch)
 
 
-def fastest(config: ConfigDict, number: int, programs: Programs) -> int:
+def fastest(config: ConfigDict, number: int, programs: Programs, progress: Progress) -> int:
     """How many of `number` runs of a resolved config to compute at once.
 
     One on CPUs, where a batched program was never measured to be faster (docs/performance.md), and
-    in mode 'hardware', where each run is audited. On accelerators each power of 4 is timed, as long
-    as memory suffices.
+    in mode 'hardware', where each run is audited, and on several processes, whose clocks would not
+    agree. On accelerators each power of 4 is timed, as long as memory suffices.
     """
-    if number == 1 or jax.default_backend() == 'cpu' or config.determinism.mode == 'hardware':
+    if (
+        number == 1
+        or jax.default_backend() == 'cpu'
+        or jax.process_count() > 1
+        or config.determinism.mode == 'hardware'
+    ):
         return 1
     candidates = [n for n in (1, 4, 16, 64, 256, 1024) if n < number] + [number]
     seconds: dict[int, float] = {}
@@ -169,7 +213,7 @@ def fastest(config: ConfigDict, number: int, programs: Programs) -> int:
                 raise
             break
     best = min(seconds, key=lambda runs: seconds[runs])
-    print(f'measured: {best} runs at once are fastest', flush=True)
+    progress.say(f'measured: {best} runs at once are fastest')
     return best
 
 
@@ -225,6 +269,8 @@ def take_grid(argv: list[str]) -> dict[str, list[Any]]:
         field, equals, texts = argument.removeprefix('--grid.').partition('=')
         if not equals:
             raise UsageError(f'{argument}: must be --grid.FIELD=VALUE,VALUE,...')
+        if field in grid:
+            raise UsageError(f'--grid.{field}: given twice; name all values in one')
         grid[field] = [parse_value(field, text) for text in texts.split(',')]
         if len(set(grid[field])) < len(grid[field]):
             raise UsageError(f'{argument}: names a value twice')
@@ -277,18 +323,24 @@ def run(argv: list[str]) -> None:
         )
     if len(set(folders)) < len(folders):
         raise UsageError('--grid: two runs would share a folder; their values differ too little')
-    summaries = sweep([job for _, job in jobs], at_once)
-    columns = (
-        'step', 'train_loss', 'eval_accuracy', 'best_eval_accuracy', 'asymmetry', 'broken_at_step',
-        'params_sha256', 'seconds',
-    )  # fmt: skip
-    rows = [
-        {'run': job[1].name, **fields, **{name: summary[name] for name in columns}}
-        for (fields, job), summary in zip(jobs, summaries, strict=True)
-    ]
-    if distributed.is_first():
+    try:
+        sweep([job for _, job in jobs], at_once)
+    finally:
+        if distributed.is_first():
+            write_table(jobs, workdir)
+
+
+def write_table(jobs: list[tuple[dict[str, Any], Job]], workdir: pathlib.Path) -> None:
+    """Writes sweep.csv, of the runs that are finished; nothing if none is."""
+    rows = []
+    for fields, (_, folder) in jobs:
+        file = folder / 'summary.json'
+        if file.exists():
+            summary = records.read_json(file, COLUMNS)
+            rows.append({'run': folder.name, **fields, **{name: summary[name] for name in COLUMNS}})
+    if rows:
         records.write_csv(workdir / 'sweep.csv', rows)
-        print(f'{workdir}/sweep.csv: {len(rows)} runs')
+        print(f'{workdir}/sweep.csv: {len(rows)} of {len(jobs)} runs')
 
 
 def main(argv: list[str]) -> int:

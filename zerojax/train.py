@@ -284,7 +284,8 @@ def restore(
             break
     else:
         reasons = '; '.join(map(str, damaged.values())) or 'no step is common to all runs'
-        folders = ', '.join(str(run.workdir / 'checkpoints') for run in runs)
+        of_these = {run for run, _ in damaged} or runs
+        folders = ', '.join(str(run.workdir / 'checkpoints') for run in runs if run in of_these)
         raise RunError(f'{reasons}; none is left to resume from: remove {folders} to begin anew')
     for (run, bad_step), error in damaged.items():
         folder = run.checkpoints.set_aside(bad_step)
@@ -305,7 +306,7 @@ def _train(
     stop: StopRequest,
     started: float,
 ) -> list[records.Record | RunError]:
-    config = program.config  # that of the first run; the others' differ only in scalars
+    config = program.config  # of a run with this program; these differ in scalars and pruning
 
     # The state: new, or where the runs were left.
     state, step = restore(program, state, runs, progress)

@@ -76,7 +76,7 @@ class Workdir:
         if not file.exists():
             remains = [
                 name
-                for name in ('checkpoints', 'metrics.jsonl', 'manifest.json')
+                for name in ('checkpoints', 'metrics.jsonl', 'manifest.json', 'summary.json')
                 if (self.path / name).exists()
             ]
             if remains:

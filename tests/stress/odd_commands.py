@@ -216,8 +216,8 @@ def configs(fire: Fire, number: int) -> None:
                 shutil.copytree(undisturbed, existing)
         else:
             counts['refused'] += 1
+            assert contents(existing) == before, argv
         assert not contents(here), argv
-        assert contents(existing) == before, argv
         if sum(counts.values()) % 100 == 0:
             jax.clear_caches()
 

@@ -10,7 +10,8 @@ failed; the folder DIR (default: a new one in the system's temporary folder) kee
     kills    SIGKILL at random moments, so many times over one run, which then ends with the weights
              and, to the byte, the records of a run that nobody disturbed
     terms    the same with SIGTERM, at any moment of start, compilation, evaluation and saving: exit
-             status 143, or 0 for a run that was just finished
+             status 143, or 0 for a run that was just finished (before Python has begun to run the
+             program, the signal itself)
     damage   every file of the newest checkpoint emptied, cut in half, and with one bit turned over:
              the run falls back to the one before and ends with the same weights; with all
              checkpoints damaged it stops with an error

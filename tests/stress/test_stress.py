@@ -24,8 +24,10 @@ def test_damaged_checkpoints(fire):
         stress.damage(fire, 2)
 
 
-def test_full_disks(fire):
+def test_full_disks(fire, capsys):
     stress.disk(fire, 2)
+    if 'not run' in capsys.readouterr().out:
+        pytest.skip('a tmpfs may not be mounted here')
 
 
 def test_a_race(fire):
