@@ -97,11 +97,12 @@ def sweep(
         dataset = programs.dataset(config)
         try:
             resolved[i] = resolve(config, dataset)
-            alike = pending.setdefault(structure(resolved[i]), [])
-            if not alike:
+            kind = structure(resolved[i])
+            if kind not in pending:
                 check_structure(resolved[i], dataset)
         except UsageError as error:
             raise UsageError(f'{workdir.name}: {error}') from error
+        alike = pending.setdefault(kind, [])
         summary = finished(resolved[i], workdir)
         if summary is None:
             alike.append(i)

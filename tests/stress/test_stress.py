@@ -16,7 +16,7 @@ def test_killed_twice(fire, capsys):
 
 
 def test_terminated(fire):
-    stress.terms(fire, 2)
+    stress.terms(fire, 1)
 
 
 def test_damaged_checkpoints(fire):
