@@ -17,7 +17,9 @@ import numpy as np
 
 from experiments import runs
 from experiments.trajectories import Laboratory, Trajectory
-from zerojax import audit, records, step_audit
+from zerojax import audit
+from zerojax.host import records
+from zerojax.measure import step_audit
 from zerojax.perturb import NONE, Perturbation
 
 ROUNDING = 2.0**-24

@@ -18,11 +18,12 @@ import numpy as np
 
 from experiments import runs
 from experiments.trajectories import ONSET, Laboratory, Trajectory
-from zerojax import kinks, records, stability
-from zerojax.determinism import jit_in_mode
+from zerojax.host import records
+from zerojax.measure import kinks, stability
 from zerojax.perturb import NONE, Perturbation
-from zerojax.program import build_optimizer, scalars_of
+from zerojax.run.program import build_optimizer, scalars_of
 from zerojax.step import TrainState, cross_entropy, train_step_function
+from zerojax.step.determinism import jit_in_mode
 
 SCALES = tuple(10.0**n for n in (-30, -25, -20, -15, *range(-12, 0)))
 SHOWN = (1e-30, 1e-10, 1e-8, 1e-6, 1e-4, 1e-2)  # as curves, of the first seed

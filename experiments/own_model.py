@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from zerojax import data, noise, perturb, stability, symmetry
-from zerojax.initializers import averaging, zeros
+from zerojax import perturb, symmetry
+from zerojax.measure import noise, stability
+from zerojax.models.initializers import averaging, zeros
+from zerojax.run import data
 
 
 class Mixer(nn.Module):  # rows of pixels are tokens T; features C are mixed, H are hidden

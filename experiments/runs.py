@@ -29,10 +29,11 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 from numpy.typing import ArrayLike
 
-from zerojax import cli, data, records
-from zerojax.errors import UsageError
-from zerojax.records import Record
-from zerojax.stop import exit_on_signals
+from zerojax.host import records
+from zerojax.host.errors import UsageError
+from zerojax.host.records import Record
+from zerojax.host.stop import exit_on_signals
+from zerojax.run import cli, data
 from zerojax.sweep import sweep
 
 # Okabe and Ito's colours, told apart by colour-blind readers too.

@@ -19,9 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import runs
-from zerojax import data, metrics, models, records
-from zerojax.determinism import jit_in_mode
-from zerojax.train import resolve
+from zerojax import models
+from zerojax.host import records
+from zerojax.measure import metrics
+from zerojax.run import data
+from zerojax.run.train import resolve
+from zerojax.step.determinism import jit_in_mode
 
 DEPTH = 28
 NETWORKS: dict[str, dict[str, Any]] = {

@@ -14,7 +14,7 @@ import numpy as np
 
 from experiments import runs
 from experiments.trajectories import Laboratory, Trajectory
-from zerojax.errors import UsageError
+from zerojax.host.errors import UsageError
 from zerojax.perturb import NONE, Perturbation
 
 STEPS = (0, 10, 100, 1000)

@@ -18,12 +18,12 @@ from ml_collections import ConfigDict
 
 from experiments import runs
 from zerojax import config as config_lib
-from zerojax import records
+from zerojax.host import records
 from zerojax.perturb import NONE, Perturbation
-from zerojax.precision import numbers_of
-from zerojax.prepare import resolve
-from zerojax.program import Programs, Source, scalars_of
+from zerojax.run.checks import resolve
+from zerojax.run.program import Programs, Source, scalars_of
 from zerojax.step import TrainState
+from zerojax.step.precision import numbers_of
 from zerojax.sweep import Job, folder_name, sweep
 
 Arm = TypeVar('Arm')

@@ -7,9 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from zerojax import audit, noise, step_audit, train
-from zerojax.noise import Operation, Spread
-from zerojax.step_audit import COMPILATIONS, ONE_EXECUTABLE, PROCESSES, Verdict
+from zerojax import audit
+from zerojax.measure import noise, step_audit
+from zerojax.measure.noise import Operation, Spread
+from zerojax.measure.step_audit import COMPILATIONS, ONE_EXECUTABLE, PROCESSES, Verdict
+from zerojax.run import train
 
 ROOT = pathlib.Path(__file__).parent.parent
 DIGITS = f'--config={ROOT}/configs/digits.py'

@@ -3,9 +3,9 @@ import pathlib
 
 import pytest
 
-from zerojax.cli import default_workdir, parse_flags
 from zerojax.config import check, default_config
-from zerojax.errors import UsageError
+from zerojax.host.errors import UsageError
+from zerojax.run.cli import default_workdir, parse_flags
 
 CONFIGS = sorted((pathlib.Path(__file__).parent.parent / 'configs').glob('*.py'))
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from zerojax import convert, interop, main, models, torch_checkpoint
-from zerojax.checkpoint import Checkpoints
-from zerojax.errors import UsageError
+from zerojax import convert, interop, main, models
+from zerojax.host import torch_checkpoint
+from zerojax.host.checkpoint import Checkpoints
+from zerojax.host.errors import UsageError
 
 torch = pytest.importorskip('torch')
 

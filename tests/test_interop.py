@@ -9,7 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from zerojax import interop, layers, models, optimizer, step
+from zerojax import interop, models, step
+from zerojax.models import layers
+from zerojax.step import optimizer
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 RELATIVE_ERROR = 1e-9

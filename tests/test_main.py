@@ -14,9 +14,9 @@ import jax
 import pytest
 
 from zerojax import main
-from zerojax.cli import exit_status, parse_flags
-from zerojax.errors import UsageError
-from zerojax.train import train
+from zerojax.host.errors import UsageError
+from zerojax.run.cli import exit_status, parse_flags
+from zerojax.run.train import train
 
 ROOT = pathlib.Path(__file__).parent.parent
 DIGITS = f'--config={ROOT}/configs/digits.py'

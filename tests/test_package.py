@@ -9,7 +9,7 @@ def test_importing_the_package_is_light_and_takes_no_device():
     code = (
         'import sys, time; began = time.perf_counter(); import zerojax; '
         'assert time.perf_counter() - began < 0.5; assert "jax" not in sys.modules; '
-        'import zerojax.train, zerojax.interop; '
+        'from zerojax import interop, train; '
         'from jax._src import xla_bridge; assert not xla_bridge.backends_are_initialized(); '
         'import jax; assert not jax.config.jax_enable_x64; '
         'assert "tensorflow" not in sys.modules'

@@ -9,8 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from zerojax import program, stop, sweep, train
-from zerojax.errors import RunError, UsageError
+from zerojax import sweep
+from zerojax.host import stop
+from zerojax.host.errors import RunError, UsageError
+from zerojax.run import program, train
 
 
 def variants(config, root, **fields):

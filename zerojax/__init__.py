@@ -1,7 +1,40 @@
 """How much symmetry breaking does a network of identical features need before it can learn?
 
-Import the module you need (`zerojax.models`, `zerojax.step`, `zerojax.symmetry`, ...). Importing
-the package itself imports nothing else, takes no device and changes no global state.
+Import the module you need: `from zerojax import models, step, symmetry`. Importing the package
+itself imports nothing else, takes no device and changes no global state.
 """
 
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from zerojax import interop, models, perturb, step, symmetry
+    from zerojax.measure import kinks, metrics, noise, stability
+    from zerojax.models import initializers
+    from zerojax.run import train
+    from zerojax.symmetry import quotient
+
 __version__ = '0.1.0'
+__all__ = [
+    'initializers', 'interop', 'kinks', 'metrics', 'models', 'noise', 'perturb', 'quotient',
+    'stability', 'step', 'symmetry', 'train',
+]  # fmt: skip
+
+# Public modules that live in a room; `from zerojax import metrics` loads them.
+_ROOMS = {
+    'initializers': 'models',
+    'kinks': 'measure',
+    'metrics': 'measure',
+    'noise': 'measure',
+    'quotient': 'symmetry',
+    'stability': 'measure',
+    'train': 'run',
+}
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name not in __all__:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    room = f'{_ROOMS[name]}.' if name in _ROOMS else ''
+    return importlib.import_module(f'{__name__}.{room}{name}')

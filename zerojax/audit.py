@@ -29,10 +29,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from zerojax import cli, data, determinism, kernels, noise, prepare, records, step_audit
-from zerojax.errors import RunError, UsageError
-from zerojax.precision import numbers_of
-from zerojax.program import Program, Source, compile_inspection, scalars_of, symmetric
+from zerojax.host import records
+from zerojax.host.errors import RunError, UsageError
+from zerojax.measure import equal_features, noise, step_audit
+from zerojax.run import checks, cli, data
+from zerojax.run.program import Program, Source, compile_inspection, scalars_of, symmetric
+from zerojax.step import determinism
+from zerojax.step.precision import numbers_of
 
 Flat = dict[str, np.ndarray]
 
@@ -49,12 +52,12 @@ def prepare_step(config: ConfigDict) -> Program:
         config.dataset.train_split,
         config.dataset.eval_split,
     )
-    config = prepare.resolve(config, dataset)
-    prepare.check_backend(config.determinism.mode)
+    config = checks.resolve(config, dataset)
+    checks.check_backend(config.determinism.mode)
     program = Program(config, dataset)
     params = program.initial_state(scalars_of(config)).params
-    prepare.check_layers(config, params)
-    prepare.check_initial_weights(config, params, program)
+    checks.check_layers(config, params)
+    checks.check_initial_weights(config, params, program)
     config.perturbation.kind = 'none'
     return Program(config, dataset)
 
@@ -145,10 +148,10 @@ def audit(
         floors[step_audit.PROCESSES] = noise.noise_floor(elsewhere())
 
     axes, orbits = program.model.feature_axes(), program.orbits
-    features = kernels.equal_features_of(first, axes['params'], orbits)
+    features = equal_features.equal_features_of(first, axes['params'], orbits)
     if new_state_shows_kernels(program.config):
         for kind in ('params', 'batch_stats'):
-            found = kernels.equal_features(first['new state'][kind], axes[kind], orbits)
+            found = equal_features.equal_features(first['new state'][kind], axes[kind], orbits)
             features |= {f'new_{kind}/{name}': spread for name, spread in found.items()}
     operations = compiled.operations(jax.default_backend())
     return step_audit.Verdict(compared, floors, operations, features)

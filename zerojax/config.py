@@ -15,8 +15,10 @@ from typing import Any
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict, config_dict
 
-from zerojax import data, determinism, models, perturb, pruning
-from zerojax.errors import UsageError
+from zerojax import models, perturb
+from zerojax.host.errors import UsageError
+from zerojax.run import data
+from zerojax.step import determinism, pruning
 
 PARAM_DTYPES = ('float32', 'float64', 'bfloat16')
 

@@ -23,12 +23,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from zerojax import cli, data, interop, models, prepare, torch_checkpoint
 from zerojax import config as config_lib
-from zerojax.checkpoint import Checkpoints
-from zerojax.errors import UsageError
-from zerojax.program import new_state, scalars_of
-from zerojax.workdir import Workdir
+from zerojax import interop, models
+from zerojax.host import torch_checkpoint
+from zerojax.host.checkpoint import Checkpoints
+from zerojax.host.errors import UsageError
+from zerojax.host.workdir import Workdir
+from zerojax.run import checks, cli, data
+from zerojax.run.program import new_state, scalars_of
 
 
 def from_torch(file: pathlib.Path, argv: list[str]) -> None:
@@ -40,7 +42,7 @@ def from_torch(file: pathlib.Path, argv: list[str]) -> None:
         config.dataset.train_split,
         config.dataset.eval_split,
     )
-    config = prepare.resolve(config, dataset)
+    config = checks.resolve(config, dataset)
     model = config_lib.build_model(config, dataset.num_classes)
     arrays = torch_checkpoint.read(file)
     if config.pruning.source:
@@ -51,9 +53,9 @@ def from_torch(file: pathlib.Path, argv: list[str]) -> None:
     remains = ('config.json', 'manifest.json', 'metrics.jsonl', 'checkpoints')
     if any((workdir / name).exists() for name in remains):
         raise UsageError(f'--workdir={workdir}: holds a run already; name another folder')
-    prepare.check_backend(config.determinism.mode)
+    checks.check_backend(config.determinism.mode)
     state = jax.jit(functools.partial(new_state, config, dataset))(scalars_of(config))
-    prepare.check_layers(config, state.params)
+    checks.check_layers(config, state.params)
     try:
         variables = interop.from_reference(arrays, model)
     except ValueError as error:
@@ -84,7 +86,7 @@ def to_torch(file: pathlib.Path, argv: list[str]) -> None:
     if len(argv) != 2 or not argv[1].startswith('--workdir='):
         raise UsageError('command line: to-torch FILE.pth.tar --workdir=DIR')
     workdir = pathlib.Path(argv[1].removeprefix('--workdir='))
-    if not prepare.has_checkpoint(workdir):
+    if not checks.has_checkpoint(workdir):
         raise UsageError(f'--workdir={workdir}: holds no checkpoint')
     with Checkpoints(workdir / 'checkpoints', read_only=True) as checkpoints:
         step = checkpoints.steps[-1]

@@ -11,7 +11,7 @@ flags, config, data or workdir; 143 or 130 after SIGTERM or SIGINT, once a check
 
 import sys
 
-from zerojax.stop import exit_on_signals
+from zerojax.host.stop import exit_on_signals
 
 
 def main(argv: list[str]) -> int:
@@ -21,9 +21,9 @@ def main(argv: list[str]) -> int:
         return 0
     exit_on_signals()
     # Imported only now, so that a signal during these slow imports ends in the right status too.
-    from zerojax import objectstore
-    from zerojax.cli import exit_status, join_processes, parse_flags
-    from zerojax.train import train
+    from zerojax.host import objectstore
+    from zerojax.run.cli import exit_status, join_processes, parse_flags
+    from zerojax.run.train import train
 
     def run() -> None:
         flags = list(argv)

@@ -39,15 +39,16 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from zerojax import cli, distributed, records
 from zerojax import config as config_lib
-from zerojax.errors import RunError, UsageError
-from zerojax.precision import numbers_of
-from zerojax.prepare import check_structure, checkpoint_steps, resolve
-from zerojax.program import Programs, Source, scalars_of, structure
-from zerojax.progress import Progress
-from zerojax.stop import exit_on_signals
-from zerojax.train import claim, train, train_runs
+from zerojax.host import distributed, records
+from zerojax.host.errors import RunError, UsageError
+from zerojax.host.progress import Progress
+from zerojax.host.stop import exit_on_signals
+from zerojax.run import cli
+from zerojax.run.checks import check_structure, checkpoint_steps, resolve
+from zerojax.run.program import Programs, Source, scalars_of, structure
+from zerojax.run.train import claim, train, train_runs
+from zerojax.step.precision import numbers_of
 
 Job = tuple[ConfigDict, pathlib.Path]  # a run: its config, and its folder
 
@@ -66,7 +67,7 @@ def sweep(
 
     Args:
         jobs: config and folder of each run; the folders differ.
-        runs_at_once: how many runs of one structure (see `zerojax.program`) are computed as one
+        runs_at_once: how many runs of one structure (see `zerojax.run.program`) are computed as one
             batched program (the last ones may be fewer); None: what is measured to be fastest on
             this backend, 1 on several processes.
         programs: shared by sweeps that follow one another, so that they do not compile anew.

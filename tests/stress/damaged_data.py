@@ -116,7 +116,7 @@ def data(fire: Fire, bits: int, *names: str) -> None:
     ]  # fmt: skip
     results = []
     # A machine with a network and TensorFlow would go on to download the set.
-    with mock.patch('zerojax.data._why_unreachable', lambda url, timeout: 'not asked'):
+    with mock.patch('zerojax.run.data._why_unreachable', lambda url, timeout: 'not asked'):
         for name in names:
             files = sorted(
                 x.relative_to(whole) for x in (whole / name.split('/')[0]).rglob('*') if x.is_file()

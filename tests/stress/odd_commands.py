@@ -180,7 +180,7 @@ def configs(fire: Fire, number: int) -> None:
     import hypothesis
     import jax
 
-    from zerojax.program import Programs
+    from zerojax.run.program import Programs
 
     sets = fire.new_folder('sets')
     prepare_tiny_sets(sets, 'cifar10', 'fashion_mnist', 'imagenet_resized/32x32')
@@ -224,12 +224,12 @@ def configs(fire: Fire, number: int) -> None:
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.chdir(here))
         for name, instead in {
-            'zerojax.train.Run': mock.Mock(side_effect=Claimed),
+            'zerojax.run.train.Run': mock.Mock(side_effect=Claimed),
             'jax.distributed.initialize': mock.Mock(side_effect=Claimed),
-            'zerojax.train.Programs': lambda: programs,
+            'zerojax.run.train.Programs': lambda: programs,
             'zerojax.sweep.Programs': lambda: programs,
-            'zerojax.program.device_memory': lambda: 2**30,  # spares the machine
-            'zerojax.data._why_unreachable': lambda url, timeout: 'not asked',
+            'zerojax.run.program.device_memory': lambda: 2**30,  # spares the machine
+            'zerojax.run.data._why_unreachable': lambda url, timeout: 'not asked',
         }.items():
             stack.enter_context(mock.patch(name, instead))
         refused_or_passed()

@@ -126,10 +126,10 @@ def terms(fire: Fire, number: int) -> None:
 
 def damage(fire: Fire, number_of_files: int | None = None) -> None:
     """Every file of the newest checkpoint, in three ways; in this process, to compile once."""
-    from zerojax.cli import parse_flags
-    from zerojax.errors import RunError
-    from zerojax.program import Programs
-    from zerojax.train import train
+    from zerojax.host.errors import RunError
+    from zerojax.run.cli import parse_flags
+    from zerojax.run.program import Programs
+    from zerojax.run.train import train
 
     steps = 100
     expected = fire.undisturbed(steps)

@@ -1,0 +1,440 @@
+"""How fast is a train step, and what does each guarantee cost? PyTorch is measured beside it.
+
+    python -m experiments.performance.benchmark [--workdir=DIR] [--rows=NAME,NAME,...]
+                                                [--repetitions=N]
+
+A row is a network, a batch size and a precision, on random images. Every measurement of a row is
+made in fresh processes, one after another, so that memory is its own and nothing is warm that
+should be cold:
+
+    first step   seconds from the start of the process to the end of its first train step, with an
+                 empty persistent compilation cache (cold) and with that of the first (warm)
+    images/s     of training (augmentation included) and of evaluation: median, in brackets smallest
+                 and largest of N repetitions, after one to warm up
+    of peak      FLOPs of the compiled step by XLA's own count, per second, as a share of a large
+                 matrix product of the same precision on the same device
+    memory       largest ever in use: of the device on a GPU, of the process on a CPU
+    prices       ratio of times a step, of two executables that take turns: determinism mode
+                 'deterministic' over 'hardware', and symmetry.project over without; and the time of
+                 the measurements of one evaluation (loss and accuracy not included) in train steps
+    PyTorch      images/s of training for the same network, batch and precision, channels_last,
+                 without augmentation; by torch.compile where that works, else eager
+
+Without PyTorch (pip install -e '.[torch]') its columns stay empty. Ends in table.md and table.csv.
+All rows take 25 minutes on two CPU cores; docs/performance.md keeps the results.
+"""
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pathlib
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from zerojax.host.errors import RunError, UsageError
+
+REPETITIONS = 5
+SECONDS = 1.0  # that a repetition takes at least
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """ConstNet-`depth`-`width` on images of `size` x `size` x `channels`."""
+
+    depth: int
+    width: int
+    size: int
+    channels: int
+    batch_size: int
+    precision: str  # 'float32' or 'bfloat16', which is mixed precision
+
+    @property
+    def name(self) -> str:
+        short = {'float32': 'f32', 'bfloat16': 'bf16'}[self.precision]
+        kind = 'digits' if self.size == 8 else 'cifar'
+        return f'{kind}-{self.depth}-{self.width}-{self.batch_size}-{short}'
+
+
+def all_rows(backend: str) -> list[Row]:
+    """The rows that suit a device: a CPU takes smaller batches of the wide networks."""
+    batches = {
+        (10, 1, 8, 1): (32, 128, 512),
+        (16, 1, 32, 3): (128,) if backend == 'cpu' else (128, 512, 2048),
+        (16, 4, 32, 3): (32,) if backend == 'cpu' else (128, 512),
+        (16, 10, 32, 3): (8,) if backend == 'cpu' else (128, 512),
+    }
+    return [
+        Row(*network, batch_size, precision)
+        for network, sizes in batches.items()
+        for batch_size in sizes
+        for precision in ('float32', 'bfloat16')
+    ]
+
+
+# What runs in a process of its own; it prints one JSON line.
+
+
+def build_config(row: Row) -> Any:
+    from configs import cifar, digits
+
+    config = digits.get_config() if row.size == 8 else cifar.get_config()
+    config.num_epochs, config.num_steps = None, 10_000
+    config.determinism.mode = 'deterministic'
+    config.batch_size = row.batch_size
+    config.model.depth, config.model.width = row.depth, row.width
+    config.model.dtype = None if row.precision == 'float32' else row.precision
+    return config
+
+
+def random_dataset(row: Row) -> Any:
+    import numpy as np
+
+    from zerojax.run.data import Dataset, Split
+
+    generator = np.random.default_rng(0)
+
+    def split(number: int) -> Split:
+        shape = (number, row.size, row.size, row.channels)
+        images = generator.integers(0, 256, shape).astype(np.uint8)
+        return Split(images, generator.integers(0, 10, number).astype(np.int32))
+
+    return Dataset(split(max(2 * row.batch_size, 500)), split(500), num_classes=10)
+
+
+Spread = dict[str, float]  # 'median', 'least' and 'most' of several measurements
+
+
+def spread(values: Sequence[float]) -> Spread:
+    return {'median': statistics.median(values), 'least': min(values), 'most': max(values)}
+
+
+def rates(amount: float, seconds: Spread) -> Spread:
+    """Amount a second."""
+    return {
+        'median': amount / seconds['median'],
+        'least': amount / seconds['most'],
+        'most': amount / seconds['least'],
+    }
+
+
+def repeat(call: Callable[[], Any]) -> Callable[[int], None]:
+    """A function that makes n calls, each of which waits for its result."""
+
+    def calls(n: int) -> None:
+        for _ in range(n):
+            call()
+
+    return calls
+
+
+def time_in_turns(
+    calls: Mapping[str, Callable[[int], None]], repetitions: int, seconds: float
+) -> dict[str, Spread]:
+    """Seconds of one call of each, which take turns, so that a slow moment of the machine hits all.
+
+    `calls` are functions that make n calls and wait for the last. All make as many in a repetition,
+    so that the fastest takes about `seconds` at least.
+    """
+    number = 1
+    for call in calls.values():
+        call(1)  # to warm up
+        began = time.perf_counter()
+        call(1)
+        number = max(number, round(seconds / (time.perf_counter() - began)))
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repetitions):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            call(number)
+            times[name].append((time.perf_counter() - began) / number)
+    return {name: spread(each) for name, each in times.items()}
+
+
+def time_alone(call: Callable[[int], None], repetitions: int, seconds: float) -> Spread:
+    """`time_in_turns` of one."""
+    return time_in_turns({'': call}, repetitions, seconds)['']
+
+
+class Stepper:
+    """Train steps of a config that go on and on; of several runs, as one batched program."""
+
+    def __init__(self, config: Any, dataset: Any, runs: int | None = None) -> None:
+        import numpy as np
+
+        from zerojax.run.checks import resolve
+        from zerojax.run.program import Program, Source, scalars_of
+
+        config = resolve(config, dataset)
+        self.program = Program(config, dataset, runs)
+        scalars = self.program.place_scalars([scalars_of(config)] * (runs or 1))
+        self.state = self.program.initial_state(scalars)
+        order = self.program.epoch_order(self.state.keys['order'], 0)
+        self.source = Source(self.program.examples, order, scalars)
+        self.count = np.int32(config.steps_per_call)
+        self.executable = self.program.compile_train_steps(self.state, self.source)
+
+    def __call__(self, calls: int) -> None:
+        """Makes so many calls, each one of `count` train steps, and waits for the last."""
+        import jax
+
+        metrics: Any = None
+        for _ in range(calls):
+            jax.block_until_ready(metrics)  # of the call before, as `zerojax.run.train` does
+            self.state, metrics = self.executable(self.state, self.source, self.count)
+        jax.block_until_ready(self.state)
+
+
+def first_step(row: Row) -> bool:
+    """Comes to the end of the first train step."""
+    import numpy as np
+
+    stepper = Stepper(build_config(row), random_dataset(row))
+    stepper.count = np.int32(1)
+    stepper(1)
+    return True
+
+
+def matrix_peak(precision: str, repetitions: int) -> float:
+    """FLOP/s of a large matrix product, the best of all repetitions."""
+    import jax
+    import jax.numpy as jnp
+
+    size = 2048 if jax.default_backend() == 'cpu' else 8192
+    x = jnp.ones((size, size), precision)
+    product = jax.jit(lambda x: x @ x)
+    times = time_alone(repeat(lambda: product(x).block_until_ready()), repetitions, SECONDS)
+    return 2 * size**3 / times['least']
+
+
+def peak_memory() -> int:
+    """Bytes: of the device where it says so, else of this process."""
+    import jax
+
+    statistics_of_device = jax.devices()[0].memory_stats() or {}
+    of_process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return int(statistics_of_device.get('peak_bytes_in_use', of_process))
+
+
+def measure(row: Row, repetitions: int) -> dict[str, Any]:
+    """Everything but the time to the first step and PyTorch."""
+    import jax
+
+    dataset = random_dataset(row)
+    config = build_config(row)
+    step = Stepper(config, dataset)
+    step(1)
+    memory = peak_memory()
+    count, program = int(step.count), step.program
+    analysis = step.executable.cost_analysis()
+    alone = time_alone(step, repetitions, SECONDS)
+
+    hardware = build_config(row)
+    hardware.determinism.mode = 'hardware'
+    projected = build_config(row)
+    projected.symmetry.project = True
+    in_turns = time_in_turns(
+        {
+            'plain': step,
+            'hardware': Stepper(hardware, dataset),
+            'projected': Stepper(projected, dataset),
+        },
+        repetitions,
+        SECONDS,
+    )
+
+    def evaluate() -> None:
+        program.evaluate(step.state)
+
+    def measurements() -> None:
+        program.measure_layers(step.state)
+        jax.block_until_ready(program.measure_asymmetry(step.state.params))
+        program.unique_features(step.state.params)
+
+    evaluation = time_alone(repeat(evaluate), repetitions, SECONDS)
+    measured = time_alone(repeat(measurements), repetitions, SECONDS)
+    return {
+        'train': rates(row.batch_size * count, alone),
+        'evaluation': rates(len(dataset.eval.labels), evaluation),
+        'milliseconds a step': alone['median'] / count * 1e3,
+        'flops a step': analysis['flops'],
+        'peak': matrix_peak(row.precision, repetitions),
+        'memory': memory,
+        'deterministic over hardware': in_turns['plain']['median'] / in_turns['hardware']['median'],
+        'projected over plain': in_turns['projected']['median'] / in_turns['plain']['median'],
+        'measurements in steps': measured['median'] / (alone['median'] / count),
+    }
+
+
+# The parent, which starts these processes.
+
+
+def in_process(
+    kind: str, row: Row | None = None, repetitions: int = 1, cache: str = ''
+) -> tuple[Any, float]:
+    """What a fresh process measured (None if it failed), and how long it ran.
+
+    This process itself never takes the device, whose memory the others need.
+    """
+    environment = os.environ | {
+        'JAX_COMPILATION_CACHE_DIR': cache,
+        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+        'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '0',
+        'JAX_TRACEBACK_FILTERING': 'off',  # so that the last line is the error
+    }
+    child = json.dumps([kind, row and dataclasses.asdict(row), repetitions])
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, '-m', 'experiments.performance.benchmark', f'--child={child}'],
+        capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    seconds = time.perf_counter() - began
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or ['no message'])[-1]
+        print(f'{row.name if row else ""} {kind}: failed: {reason}', flush=True)
+        return None, seconds
+    return json.loads(done.stdout.splitlines()[-1]), seconds
+
+
+def child(text: str) -> None:
+    """Measures one thing of one row, and prints it."""
+    kind, fields, repetitions = json.loads(text)
+    found: Any
+    if kind == 'machine':
+        import jax
+
+        from experiments import runs
+
+        found = {'backend': jax.default_backend(), 'text': runs.machine()}
+    elif kind == 'first step':
+        found = first_step(Row(**fields))
+    elif kind == 'jax':
+        found = measure(Row(**fields), repetitions)
+    else:
+        from experiments.performance import benchmark_torch
+
+        compiled = kind == 'torch.compile'
+        found = benchmark_torch.measure(Row(**fields), repetitions, compiled=compiled)
+    print(json.dumps(found))
+
+
+def shown(found: Spread) -> str:
+    return f'{found["median"]:.4g} ({found["least"]:.4g} to {found["most"]:.4g})'
+
+
+def measure_row(row: Row, repetitions: int, *, with_torch: bool) -> dict[str, Any]:
+    """A line of the table.
+
+    Raises:
+        RunError: a process failed.
+    """
+    with tempfile.TemporaryDirectory() as cache:
+        done, cold = in_process('first step', row, repetitions, cache)
+        done, warm = in_process('first step', row, repetitions, cache)
+        found, _ = in_process('jax', row, repetitions, cache)
+        if done is None or found is None:
+            raise RunError(f'{row.name}: could not be measured')
+        eager = compiled = None
+        if with_torch:
+            eager, _ = in_process('torch', row, repetitions, cache)
+            compiled, _ = in_process('torch.compile', row, repetitions, cache)
+    flops = found['flops a step'] / found['milliseconds a step'] * 1e3
+    beside = max((x['train']['median'] for x in (eager, compiled) if x is not None), default=None)
+    return {
+        'network': f'ConstNet-{row.depth}-{row.width}, {row.size}x{row.size}x{row.channels}',
+        'batch': row.batch_size,
+        'precision': row.precision,
+        'first step, cold (warm), s': f'{cold:.1f} ({warm:.1f})',
+        'ms a step': f'{found["milliseconds a step"]:.4g}',
+        'train images/s': shown(found['train']),
+        'evaluation images/s': shown(found['evaluation']),
+        'GFLOP a step': f'{found["flops a step"] / 1e9:.4g}',
+        'peak, GFLOP/s': f'{found["peak"] / 1e9:.4g}',
+        'of peak': f'{100 * flops / found["peak"]:.0f}%',
+        'memory, MB': f'{found["memory"] / 1e6:.0f}',
+        'deterministic / hardware': f'{found["deterministic over hardware"]:.3f}',
+        'projected / plain': f'{found["projected over plain"]:.3f}',
+        'measurements, steps': f'{found["measurements in steps"]:.2g}',
+        'PyTorch eager, images/s': '-' if eager is None else shown(eager['train']),
+        'PyTorch compiled, images/s': '-' if compiled is None else shown(compiled['train']),
+        'over best PyTorch': (
+            '-' if beside is None else f'{found["train"]["median"] / beside:.2f}'
+        ),
+    }
+
+
+def tables(lines: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The lines as two tables that fit on a page: speed beside PyTorch's, and all the rest."""
+    row = ('network', 'batch', 'precision')
+    speed = (
+        'ms a step', 'train images/s', 'PyTorch eager, images/s', 'PyTorch compiled, images/s',
+        'over best PyTorch',
+    )  # fmt: skip
+    rest = [name for name in lines[0] if name not in row + speed]
+    return [
+        [{name: line[name] for name in (*row, *names)} for line in lines] for names in (speed, rest)
+    ]
+
+
+def run(argv: list[str]) -> None:
+    """The command; `argv` are the program's name and the flags."""
+    from experiments import runs
+    from zerojax.host import records
+    from zerojax.run import cli
+
+    command = ' '.join(['python -m experiments.performance.benchmark', *argv[1:]])
+    argv = list(argv)
+    workdir = pathlib.Path(cli.take_flag(argv, 'workdir') or 'runs/experiments/benchmark')
+    repetitions = cli.take_count(argv, 'repetitions', REPETITIONS, least=1)
+    chosen = cli.take_flag(argv, 'rows')
+    if len(argv) > 1:
+        raise UsageError(f'command line: unexpected argument {argv[1]!r}')
+    machine, _ = in_process('machine')
+    if machine is None:
+        raise RunError('JAX finds no device it can use, see the line above')
+    rows = {row.name: row for row in all_rows(machine['backend'])}
+    if chosen is not None:
+        for name in chosen.split(','):
+            if name not in rows:
+                raise UsageError(f'--rows={name}: no such row; allowed: {", ".join(rows)}')
+        rows = {name: rows[name] for name in chosen.split(',')}
+    if machine['backend'] == 'cpu':
+        print('no accelerator here: the CPU is measured', flush=True)
+    torch_version = importlib.util.find_spec('torch') and importlib.metadata.version('torch')
+    cli.make_folder(workdir)
+    lines = []
+    for name, row in rows.items():
+        print(f'-- {name}', flush=True)
+        lines.append(measure_row(row, repetitions, with_torch=torch_version is not None))
+        records.write_csv(workdir / 'table.csv', lines)
+    both = '\n\n'.join(runs.markdown(table) for table in tables(lines))
+    where = f'{machine["text"]}, torch {torch_version or "not installed"}'
+    (workdir / 'table.md').write_text(f'    {command}\n\n{where}.\n\n{both}\n')
+    print(f'\n{both}\n\n{workdir}/table.md, table.csv')
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command line `argv` (with the program's name); returns the exit status."""
+    if {'-h', '--help'} & set(argv[1:]):
+        print(__doc__)
+        return 0
+    from zerojax.host.stop import raise_on_signals
+    from zerojax.run import cli
+
+    text = cli.take_flag(argv, 'child')
+    if text is not None:
+        child(text)
+        return 0
+    raise_on_signals()
+    return cli.exit_status(lambda: run(argv))
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv))

@@ -1,0 +1,70 @@
+"""Distances against their definitions and the invariances they promise."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from zerojax.compare import similarity
+
+RNG = np.random.default_rng(0)
+
+
+def test_distance_and_angle():
+    a = {'x': np.array([3.0, 0.0]), 'y': {'z': np.array([[4.0]])}}
+    b = {'x': np.array([0.0, 12.0]), 'y': {'z': np.array([[4.0]])}}
+    assert similarity.l2_distance(a, b) == pytest.approx(np.sqrt(9 + 144), rel=1e-15)
+    cosine = 16 / (5 * np.sqrt(160))
+    assert similarity.angle(a, b) == pytest.approx(np.degrees(np.arccos(cosine)), rel=1e-14)
+    doubled = jax.tree.map(lambda x: 2 * x, a)
+    assert similarity.angle(a, doubled) == 0
+    assert similarity.angle(a, jax.tree.map(np.negative, a)) == pytest.approx(180, rel=1e-15)
+    assert np.isnan(similarity.angle(a, jax.tree.map(np.zeros_like, a)))
+
+
+def test_small_angles_are_not_lost_in_the_cosine():
+    a, b = np.array([1.0, 0.0]), np.array([1.0, 1e-10])
+    assert similarity.angle(a, b) == pytest.approx(np.degrees(1e-10), rel=1e-9)
+
+
+def test_cka_is_that_of_its_definition():
+    x, y = RNG.normal(size=(30, 7)), RNG.normal(size=(30, 4)) + 3
+    x_c, y_c = x - x.mean(0), y - y.mean(0)
+    expected = np.linalg.norm(y_c.T @ x_c) ** 2 / (
+        np.linalg.norm(x_c.T @ x_c) * np.linalg.norm(y_c.T @ y_c)
+    )
+    with jax.enable_x64(True):
+        assert similarity.linear_cka(jnp.asarray(x), jnp.asarray(y)) == pytest.approx(
+            expected, rel=1e-12
+        )
+    assert 0 < expected < 0.5
+
+
+def test_cka_does_not_see_rotation_scale_or_shift():
+    x, y = RNG.normal(size=(20, 3, 2)), RNG.normal(size=(20, 5))
+    rotation = np.linalg.qr(RNG.normal(size=(6, 6)))[0]
+    turned = 1e3 * (x.reshape(20, 6) @ rotation) + RNG.normal(size=(1, 6))
+    with jax.enable_x64(True):
+        x, y, turned = jnp.asarray(x), jnp.asarray(y), jnp.asarray(turned)
+        assert similarity.linear_cka(x, turned) == pytest.approx(1, abs=1e-13)
+        assert similarity.linear_cka(turned, y) == pytest.approx(
+            similarity.linear_cka(x, y), rel=1e-11
+        )
+        stretched = x * jnp.array([[[1.0, 1.0]] * 2 + [[5.0, 5.0]]])
+        assert similarity.linear_cka(x, stretched) < 0.95, 'but it sees any other linear map'
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize('scale', [1.0, 1e-30, 1e30])
+def test_cka_with_itself_is_1_at_any_scale(dtype, scale):
+    x = jnp.asarray(RNG.normal(size=(16, 40)) * scale, dtype)
+    assert similarity.linear_cka(x, x) == pytest.approx(1, abs=1e-12)
+
+
+def test_cka_of_features_without_variance_is_nan():
+    x = jnp.asarray(RNG.normal(size=(9, 4)), jnp.float32)
+    assert np.isnan(similarity.linear_cka(x, jnp.ones((9, 4))))
+
+
+def test_disagreement():
+    assert similarity.disagreement(np.array([0, 1, 2, 3]), np.array([0, 1, 1, 3])) == 0.25

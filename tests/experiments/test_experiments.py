@@ -1,0 +1,140 @@
+"""Experiments are restartable, notice a changed config, and end in tables and figures."""
+
+import csv
+import json
+
+import pytest
+from ml_collections import ConfigDict
+
+from experiments import arms, leakynet, lottery, runs, signal, unique_features
+from zerojax import sweep
+from zerojax.host.errors import UsageError
+
+
+@pytest.fixture
+def experiment(tiny_config, tmp_path) -> runs.Experiment:
+    tiny_config.num_steps = 3
+    tiny_config.steps_per_call = 3
+    return runs.Experiment('unique_features', 'the command', tiny_config, tmp_path, seeds=2)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The toy with few features, so that the experiment takes seconds."""
+    monkeypatch.setattr(unique_features, 'WIDTH', 8)
+    monkeypatch.setattr(unique_features, 'UNIQUE', (1, 8))
+
+
+def test_an_experiment_goes_on_where_it_was(experiment, small, monkeypatch, capsys):
+    trained = []
+
+    def train(config, workdir, *shared):
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        trained.append(workdir.name)
+        return sweep_train(config, workdir, *shared)
+
+    sweep_train = sweep.train
+    monkeypatch.setattr(sweep, 'train', train)
+    with pytest.raises(KeyboardInterrupt):
+        unique_features.run(experiment)
+    assert not (experiment.workdir / 'table.csv').exists()
+    monkeypatch.setattr(
+        sweep, 'train', lambda *args: trained.append(args[1].name) or sweep_train(*args)
+    )
+    unique_features.run(experiment)
+    assert len(trained) == len(set(trained)) == 2 * 2 * 2, 'no run twice'
+
+    with open(experiment.workdir / 'table.csv') as file:
+        rows = list(csv.DictReader(file))
+    assert [row['unique features at the start'] for row in rows] == ['1', '8', '1', '8']
+    assert [row['n'] for row in rows] == ['2'] * 4
+    assert rows[0]['unique features at the end'] == '1'
+    table = (experiment.workdir / 'table.md').read_text()
+    assert 'the command' in table
+    assert 'jaxlib' in table
+    assert rows[1]['last accuracy'] in table
+    assert rows[1]['last accuracy'] in capsys.readouterr().out
+    assert (experiment.workdir / 'figure.png').stat().st_size > 10_000
+    assert (experiment.workdir / 'figure.pdf').exists()
+
+    # A changed config is noticed, also in finished runs.
+    monkeypatch.setattr(sweep, 'train', None)
+    unique_features.run(experiment)
+    experiment.config.optimizer.learning_rate = 0.01
+    with pytest.raises(UsageError, match=r'optimizer\.learning_rate is 0\.03 there and 0\.01 here'):
+        unique_features.run(experiment)
+
+
+def test_a_seed_decides_everything_random(experiment):
+    fields = {'model.name': 'mlp', 'model.width': 4, 'model.init': 'random'}
+    first, second = runs.train_all(experiment, {'arm': fields})
+    assert [run.seed for run in (first, second)] == [0, 1]
+    assert first.summary['params_sha256'] != second.summary['params_sha256']
+    for run in (first, second):
+        config = json.loads((run.workdir / 'config.json').read_text())
+        assert config['seed'] == config['perturbation']['seed'] == run.seed
+        assert config['model']['width'] == 4
+
+
+def fake_run(arm: str, seed: int, **summary) -> runs.Run:
+    layers = [f'block{stage}_{layer}' for stage in (1, 2, 3) for layer in range(4)]
+    lines = []
+    for step in (0, 3):
+        lines.append({'step': step, 'kind': 'eval', 'loss': 1.0, 'accuracy': 0.1 * (seed + step)})
+        correlations = {f'{layer}/conv': 1.0 if step == 0 else 0.2 for layer in layers}
+        lines.append(
+            {
+                'step': step,
+                'kind': 'layers',
+                'forward_correlation': correlations,
+                'backward_correlation': {layer: -c for layer, c in correlations.items()},
+                'unique_activations': dict.fromkeys(layers, 1 + step),
+            }
+        )
+    summary = {'eval_accuracy': 0.3, 'best_eval_accuracy': 0.4, 'asymmetry': 0.0} | summary
+    return runs.Run(arm, seed, None, summary, lines)
+
+
+@pytest.mark.parametrize('module', [arms, leakynet, lottery])
+def test_every_experiment_ends_in_a_table_and_a_figure(module, experiment, monkeypatch):
+    """With runs that were not trained; each arm's fields must be those of a config."""
+    trained = []
+
+    def train_all(experiment, arms, only_seed=None):
+        for fields in arms.values():
+            assert isinstance(runs.changed(experiment.config, **fields), ConfigDict)
+        seeds = range(2) if only_seed is None else [only_seed]
+        made = [fake_run(arm, seed) for arm in arms for seed in seeds]
+        trained.extend(made)
+        return made
+
+    monkeypatch.setattr(runs, 'train_all', train_all)
+    module.run(experiment)
+    with open(experiment.workdir / 'table.csv') as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(trained) / 2
+    assert all(row['last accuracy'] == '0.300 ± 0.000' for row in rows)
+    assert (experiment.workdir / 'figure.png').exists()
+
+
+def test_signal(experiment, monkeypatch):
+    monkeypatch.setattr(signal, 'DEPTH', 10)
+    networks = {name: signal.NETWORKS[name] for name in ('ConstNet', 'Wide ResNet, Fixup')}
+    monkeypatch.setattr(signal, 'NETWORKS', networks)
+    signal.run(experiment)
+    with open(experiment.workdir / 'layers.csv') as file:
+        rows = list(csv.DictReader(file))
+    assert {row['network'] for row in rows} == set(networks)
+    constnet = [row for row in rows if row['network'] == 'ConstNet' and row['seed'] == '0']
+    assert [row['layer'] for row in constnet][:2] == ['stem', 'block1_0']
+    assert {row['unique_activations'] for row in constnet} == {'1'}
+    assert all(float(row['gradient']) > 0 for row in rows)
+    assert (experiment.workdir / 'table.md').exists()
+
+
+@pytest.mark.parametrize('seeds', ['0', 'x', '-1'])
+def test_a_bad_number_of_seeds(seeds, monkeypatch, capsys):
+    monkeypatch.setattr('sys.argv', ['experiments/arms.py', f'--seeds={seeds}'])
+    assert runs.main(arms.run, 'doc', seeds=3) == 2
+    assert f'--seeds={seeds}: must be a whole number' in capsys.readouterr().err

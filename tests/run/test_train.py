@@ -1,0 +1,348 @@
+"""Properties of whole runs, in this process."""
+
+import gc
+import json
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from zerojax.config import default_config
+from zerojax.host.checkpoint import Checkpoints
+from zerojax.host.errors import RunError, UsageError
+from zerojax.run import program
+from zerojax.run.train import train
+from zerojax.step import precision
+
+
+def lines(workdir, kind):
+    records = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+    return [record for record in records if record['kind'] == kind]
+
+
+def test_a_run_leaves_what_the_contract_says(tiny_config, tmp_path):
+    summary = train(tiny_config, tmp_path)
+    assert json.loads((tmp_path / 'summary.json').read_text()) == summary
+    assert summary['step'] == 24
+    assert summary['broken_at_step'] == 0
+    assert summary['asymmetry'] > 0
+    assert summary['unique_features']['block1_0/conv'] == 16
+    assert summary['eval_accuracy'] == lines(tmp_path, 'eval')[-1]['accuracy']
+    assert summary['best_eval_accuracy'] == max(e['accuracy'] for e in lines(tmp_path, 'eval'))
+    assert summary['train_loss'] == lines(tmp_path, 'train')[-1]['loss']
+    assert [line['step'] for line in lines(tmp_path, 'train')] == [4, 8, 12, 16, 20, 24]
+    assert [line['step'] for line in lines(tmp_path, 'eval')] == [0, 8, 16, 24]
+    assert [line['step'] for line in lines(tmp_path, 'symmetry')] == [0, 8, 16, 24]
+    assert [line['step'] for line in lines(tmp_path, 'layers')] == [0, 8, 16, 24]
+    first, last = lines(tmp_path, 'layers')[0], lines(tmp_path, 'layers')[-1]
+    assert set(last) == {
+        'step', 'kind', 'forward_correlation', 'backward_correlation', 'diversity', 'signal',
+        'feature_variance', 'effective_width', 'unique_activations', 'gradient',
+        'gradient_variance',
+    }  # fmt: skip
+    assert set(last['signal']) == {'stem', 'block1_0', 'block2_0', 'block3_0'}
+    assert first['unique_activations'] == dict.fromkeys(first['signal'], 1)
+    assert last['unique_activations']['block3_0'] == 64
+    assert first['diversity'] is None, 'minus infinity'
+    config = json.loads((tmp_path / 'config.json').read_text())
+    assert config['model']['depth'] == 7
+    assert len(config['dataset']['mean']) == 1, 'what was measured on the data is resolved'
+    manifest = json.loads((tmp_path / 'manifest.json').read_text())
+    assert manifest['compiler_options'] == {'xla_cpu_experimental_ynn_fusion_type': ''}
+    assert manifest['execution']['steps_per_call'] == 5
+    assert [start['step'] for start in manifest['starts']] == [0]
+    assert (tmp_path / 'figures' / 'run.png').exists()
+    assert list((tmp_path / 'tensorboard').iterdir())
+    steps = {path.name for path in (tmp_path / 'checkpoints').iterdir() if path.is_dir()}
+    assert steps == {'12', '18', '24'}, 'the newest three'
+
+    # The same command on a finished run changes nothing that is a result.
+    again = train(tiny_config, tmp_path)
+    assert {**again, 'seconds': 0} == {**summary, 'seconds': 0}
+    assert [line['step'] for line in lines(tmp_path, 'train')] == [4, 8, 12, 16, 20, 24]
+
+    # Killed before the first checkpoint was saved: it starts anew.
+    before = (tmp_path / 'metrics.jsonl').read_bytes()
+    shutil.rmtree(tmp_path / 'checkpoints')
+    assert train(tiny_config, tmp_path)['params_sha256'] == summary['params_sha256']
+    assert (tmp_path / 'metrics.jsonl').read_bytes() == before
+
+    # And no other config may use its workdir.
+    tiny_config.perturbation.scale = 1e-5
+    with pytest.raises(UsageError, match=r'perturbation\.scale is 1e-06 there and 1e-05 here'):
+        train(tiny_config, tmp_path)
+
+
+def damage(folder, change):
+    for file in folder.rglob('*'):
+        if file.is_file():
+            file.write_bytes(change(file.read_bytes()))
+
+
+def test_nothing_is_copied_between_host_and_device_in_a_call_of_the_train_steps(
+    tiny_config, tmp_path, monkeypatch
+):
+    """Data, order of the epoch, scalars and count are on the device, the state stays there."""
+    calls = []
+    compile_train_steps = program.Program.compile_train_steps
+
+    def guarded(self, *arguments):
+        executable = compile_train_steps(self, *arguments)
+
+        def call(*arguments):
+            calls.append(arguments)
+            with jax.transfer_guard('disallow_explicit'):
+                return executable(*arguments)
+
+        return call
+
+    monkeypatch.setattr(program.Program, 'compile_train_steps', guarded)
+    train(tiny_config, tmp_path)
+    assert len(calls) > 5
+    guard = jax.transfer_guard('disallow_explicit')
+    with guard, pytest.raises(jax.errors.JaxRuntimeError, match='Disallowed host-to-device'):
+        jax.jit(lambda x: x + 1)(np.int32(1))
+
+
+# Of a damaged checkpoint, Orbax waits for the first read that fails; others may end after its event
+# loop has closed.
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_serves(tiny_config, tmp_path, capsys):
+    summary = train(tiny_config, tmp_path)
+    metrics = (tmp_path / 'metrics.jsonl').read_bytes()
+    damage(tmp_path / 'checkpoints' / '24', lambda content: b'')
+    capsys.readouterr()
+    assert train(tiny_config, tmp_path)['params_sha256'] == summary['params_sha256']
+    assert (tmp_path / 'metrics.jsonl').read_bytes() == metrics
+    output = capsys.readouterr().out
+    assert re.search(r'checkpoints/24 is damaged .*; moved to \S+/damaged_checkpoints/24', output)
+    assert 'RESUMING at step 18 of 24' in output
+    assert (tmp_path / 'damaged_checkpoints' / '24').is_dir()
+
+    for step in (12, 18, 24):
+        damage(tmp_path / 'checkpoints' / str(step), lambda content: content[: len(content) // 2])
+    with pytest.raises(
+        RunError, match=r'/24 is damaged .*/12 is damaged .* none is left .* remove'
+    ):
+        train(tiny_config, tmp_path)
+    steps = {path.name for path in (tmp_path / 'checkpoints').iterdir() if path.is_dir()}
+    assert steps == {'12', '18', '24'}, 'nothing was taken away'
+    gc.collect()
+
+
+def test_without_perturbation_symmetry_is_exact_to_the_end(tiny_config, tmp_path):
+    tiny_config.perturbation.kind = 'none'
+    summary = train(tiny_config, tmp_path)
+    assert summary['asymmetry'] == 0.0
+    assert set(summary['unique_features'].values()) == {1}
+    assert summary['broken_at_step'] is None
+    assert all(line['asymmetry'] == 0.0 for line in lines(tmp_path, 'train'))
+    assert np.ptp([line['loss'] for line in lines(tmp_path, 'train')]) > 0.05, 'it does train'
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+    tiny_config, tmp_path
+):
+    tiny_config.optimizer.learning_rate = 1e30
+    with pytest.raises(RunError, match=r'^step \d: loss, gradient or weights are not finite; .*'):
+        train(tiny_config, tmp_path)
+    steps = {path.name for path in (tmp_path / 'checkpoints').iterdir() if path.is_dir()}
+    assert steps == {'0'}
+    assert not (tmp_path / 'summary.json').exists()
+    assert lines(tmp_path, 'train') == []
+
+
+@pytest.mark.parametrize(
+    'group,field,value,message',
+    [
+        ('', 'batch_size', 2000, 'batch_size=2000: must be at most 1437'),
+        ('perturbation', 'at_step', 24, 'at_step=24: must be below num_steps=24'),
+        ('perturbation', 'layers', 'conv', r"layers='conv': matches no parameter; they are block1"),
+        ('dataset', 'mean', (1.0, 2.0), 'must hold 1 numbers'),
+        ('', 'num_epochs', 2**31 - 1, r'num_epochs=\d+: are 23622320117 steps; must be at most'),
+        ('model', 'width', 2**20, r'width=1048576, .*: [\d,]+ weights .* [\d,.]+ GiB of memory'),
+    ],
+)
+def test_what_does_not_fit_the_data_is_refused_before_anything_is_written(
+    tiny_config, tmp_path, group, field, value, message
+):
+    if field == 'mean':
+        tiny_config.dataset.std = value
+    if field == 'num_epochs':
+        tiny_config.num_steps = None
+    (tiny_config[group] if group else tiny_config)[field] = value
+    with pytest.raises(UsageError, match=message):
+        train(tiny_config, tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()
+
+
+def other_network(config, name):
+    with config.ignore_type():
+        config.model.update(
+            {
+                'leakynet': {'name': 'leakynet', 'init': '1_i_i_i'},
+                'mlp': {'name': 'mlp', 'init': 'random', 'unique_features': 2, 'width': 20},
+                'fixup': {'name': 'wideresnet', 'init': 'fixup', 'depth': 10},
+            }[name]
+        )
+
+
+@pytest.mark.parametrize('name', ['leakynet', 'mlp', 'fixup'])
+def test_every_network_trains(tiny_config, tmp_path, name):
+    other_network(tiny_config, name)
+    summary = train(tiny_config, tmp_path)
+    evals = lines(tmp_path, 'eval')
+    assert summary['step'] == 24
+    assert evals[-1]['loss'] < evals[0]['loss']
+
+
+def test_the_papers_options_together(tiny_config, tmp_path):
+    """Each of them acts: the run without it ends elsewhere."""
+    other_network(tiny_config, 'mlp')
+    tiny_config.num_steps = 4
+    tiny_config.dataset.augment = True
+
+    def params_after(**changes):
+        config = tiny_config.copy_and_resolve_references()
+        config.update_from_flattened_dict(changes)
+        return train(config, tmp_path / str(len(list(tmp_path.iterdir()))))['params_sha256']
+
+    everything = {
+        'dataset.cutout': 3, 'dataset.mixup': 1.0, 'optimizer.name': 'radam',
+        'optimizer.freeze': 'hidden/bias',
+    }  # fmt: skip
+    with jax.numpy_dtype_promotion('standard'):  # optax's RAdam multiplies int32 by float
+        hashes = [params_after(**everything)]
+        for left_out in everything:
+            hashes.append(params_after(**{k: x for k, x in everything.items() if k != left_out}))
+    assert len(set(hashes)) == len(hashes)
+
+
+def variables(workdir, step):
+    with Checkpoints(workdir / 'checkpoints') as checkpoints:
+        return flatten_dict(checkpoints.read_variables(step), sep='/')
+
+
+def test_frozen_layers_stay_as_they_start_and_the_others_do_not(tiny_config, tmp_path):
+    tiny_config.perturbation.kind = 'none'
+    tiny_config.optimizer.freeze = r'block1_0|.*/shortcut'
+    tiny_config.keep_checkpoints_at = (0,)
+    train(tiny_config, tmp_path)
+    before, after = variables(tmp_path, 0), variables(tmp_path, 24)
+    for path, x in before.items():
+        frozen = path.startswith('params/block1_0') or 'shortcut' in path
+        assert (x == after[path]).all() == frozen, path
+
+
+def test_a_lottery_ticket_is_pruned_rewound_and_stays_pruned(tiny_config, tmp_path):
+    tiny_config.keep_checkpoints_at = (0, 5)
+    other_network(tiny_config, 'mlp')
+    tiny_config.perturbation.kind = 'none'
+    train(tiny_config, tmp_path / 'dense')
+    trained, early = variables(tmp_path / 'dense', 24), variables(tmp_path / 'dense', 5)
+
+    tiny_config.pruning.source = str(tmp_path / 'dense')
+    tiny_config.pruning.fraction = 0.8
+    tiny_config.pruning.rewind_step = 5
+    tiny_config.perturbation.kind = 'gaussian'  # at step 0; it must not revive what is pruned
+    # Stopped and resumed on the way; by then the source is not needed any more.
+    tiny_config.num_steps = 12
+    train(tiny_config, tmp_path / 'ticket')
+    start, end = variables(tmp_path / 'ticket', 0), variables(tmp_path / 'ticket', 12)
+    path = 'params/hidden/kernel'
+    removed = end[path] == 0
+    for name, x in start.items():
+        expected = np.where(removed, 0, early[name]) if name == path else early[name]
+        np.testing.assert_array_equal(x, expected, name)
+    assert removed.sum() == int(0.8 * removed.size)
+    assert np.abs(trained[path][removed]).max() <= np.abs(trained[path][~removed]).min()
+    assert (end['params/head/kernel'] != 0).all()
+
+    tiny_config.pruning.mask = 'random'
+    train(tiny_config, tmp_path / 'control')
+    random = variables(tmp_path / 'control', 12)[path] == 0
+    assert random.sum() == removed.sum()
+    assert (random != removed).any()
+
+    shutil.rmtree(tmp_path / 'dense')
+    shutil.rmtree(tmp_path / 'ticket' / 'checkpoints' / '12')
+    tiny_config.pruning.mask = 'magnitude'
+    train(tiny_config, tmp_path / 'ticket')
+    again = variables(tmp_path / 'ticket', 12)
+    for path, x in again.items():
+        np.testing.assert_array_equal(x, end[path], path)
+
+
+@pytest.mark.parametrize(
+    'change,message',
+    [
+        ({'pruning.source': 'nowhere'}, r"pruning\.source='nowhere': holds no finished run"),
+        ({'pruning.rewind_step': 7}, r'pruning\.rewind_step=7: .*keeps checkpoints of the steps'),
+        ({'model.width': 2}, r'pruning\.source=.* another network'),
+        ({'pruning.layers': 'conv'}, r"pruning\.layers='conv': matches no parameter"),
+        ({'optimizer.freeze': 'conv'}, r"optimizer\.freeze='conv': matches no parameter"),
+        ({'dataset.cutout': 9}, r'dataset\.cutout=9: must be at most 8'),
+        ({'keep_checkpoints_at': (4,)}, r'keep_checkpoints_at=\(4,\): must be at most num_steps=3'),
+        (
+            {'symmetry.project': True, 'model.init': 'he'},
+            'project=True: constnet with init',
+        ),
+        (
+            {
+                'perturbation.kind': 'ulp',
+                'perturbation.scale': 0.0,
+                'perturbation.layers': '.*conv',
+            },
+            r"perturbation\.layers='\.\*conv': chooses 0 weights that are not 0 .* needs 1",
+        ),
+        (
+            {'perturbation.kind': 'dropout', 'perturbation.layers': 'head'},
+            r"perturbation\.layers='head': matches no layer .* kernels are block1_0/conv/kernel",
+        ),
+    ],
+)
+def test_what_cannot_be_pruned_or_frozen_is_refused(dense, tiny_config, tmp_path, change, message):
+    tiny_config.num_steps = 3
+    tiny_config.update_from_flattened_dict({'pruning.source': str(dense), **change})
+    with pytest.raises(UsageError, match=message):
+        train(tiny_config, tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.fixture(scope='module')
+def dense(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp('dense')
+    config = default_config()
+    config.num_steps = 3
+    config.model.depth = 7
+    config.model.width = 1
+    config.model.convolution = 'patches'
+    config.dataset.name = 'digits'
+    train(config, workdir)
+    return workdir
+
+
+def test_a_network_that_is_not_finite_at_the_start_is_an_error(tiny_config, tmp_path):
+    tiny_config.num_steps = 2
+    with tiny_config.ignore_type():
+        tiny_config.model.update({'name': 'leakynet', 'init': '1_111_111_111', 'depth': 13})
+    tiny_config.model.negative_slope = 1e-6
+    tiny_config.perturbation.scale = 1e38
+    tiny_config.perturbation.layers = 'head'
+    with pytest.raises(RunError, match=r'^step [012]: .* not finite'):
+        train(tiny_config, tmp_path)
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float64'])
+def test_a_run_of_another_precision_resumes_to_the_same_weights(tiny_config, tmp_path, dtype):
+    tiny_config.param_dtype = dtype
+    tiny_config.model.name, tiny_config.num_steps = 'mlp', 12
+    first = train(tiny_config, tmp_path)
+    with precision.numbers_of(dtype):
+        assert {str(x.dtype) for x in variables(tmp_path, 12).values()} == {dtype}
+    shutil.rmtree(tmp_path / 'checkpoints' / '12')
+    assert train(tiny_config, tmp_path)['params_sha256'] == first['params_sha256']
+    assert not jax.config.jax_enable_x64

@@ -1,0 +1,280 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from zerojax import models, perturb, step, symmetry
+from zerojax.step import optimizer
+
+SHAPE = (8, 8, 1)
+
+
+def setup(perturbation=perturb.NONE, project=False, **model_arguments):
+    arguments = {'depth': 7, 'width': 1, 'convolution': 'patches'} | model_arguments
+    model = models.create('constnet', **arguments)
+    tx = optimizer.sgd(optax.constant_schedule(0.05), 0.9, False, 5e-4)
+    state = step.create_state(model, tx, SHAPE, seed=0, perturbation_seed=0)
+    train_step = step.make_train_step(model, tx, perturbation=perturbation, project=project)
+    return model, tx, state, train_step
+
+
+def batches(count):
+    keys = jax.random.split(jax.random.key(7), count)
+    return [
+        {
+            'image': jax.random.normal(key, (16, *SHAPE)),
+            'label': jax.random.randint(key, (16,), 0, 10),
+        }
+        for key in keys
+    ]
+
+
+def run(train_step, state, count):
+    for batch in batches(count):
+        state, metrics = train_step(state, batch)
+    return state, metrics
+
+
+def bits(tree):
+    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
+
+
+@pytest.mark.parametrize(
+    'convolution,shortcut,width',
+    [
+        ('direct', 'post_relu', 1), ('direct', 'pre_relu', 2),
+        ('patches', 'post_relu', 2), ('patches', 'pre_relu', 1),
+    ],
+)  # fmt: skip
+def test_without_perturbation_features_stay_bitwise_identical(convolution, shortcut, width):
+    model, _, state, train_step = setup(convolution=convolution, shortcut=shortcut, width=width)
+    before = bits(state.params)
+    state, metrics = run(train_step, state, 10)
+    axes = model.feature_axes()
+    assert bits(state.params) != before
+    assert metrics['grad_norm'] > 0
+    assert symmetry.is_symmetric(state.params, axes['params'])
+    assert symmetry.is_symmetric(state.batch_stats, axes['batch_stats'])
+    assert state.broken_at_step == -1
+    assert state.nonfinite_at_step == -1
+
+
+@pytest.fixture(scope='module')
+def unperturbed_bits():
+    """Of parameters and optimizer after each of 6 steps."""
+    _, _, state, train_step = setup()
+    after = []
+    for batch in batches(6):
+        state, _ = train_step(state, batch)
+        after.append(bits((state.params, state.opt_state)))
+    return after
+
+
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        {'kind': 'gaussian', 'scale': 1e-6}, {'kind': 'one_weight', 'scale': 1e-3},
+        {'kind': 'ulp', 'count': 500}, {'kind': 'unequal_init', 'scale': 1e-3, 'count': 2},
+        {'kind': 'gradient', 'scale': 1e-6}, {'kind': 'activation', 'scale': 1e-6},
+        {'kind': 'activation', 'scale': 1e-6, 'backward': True},
+        {'kind': 'dropout', 'scale': 0.1}, {'kind': 'disout', 'scale': 0.1},
+    ],
+    ids=lambda arguments: '-'.join(map(str, arguments.values())),
+)  # fmt: skip
+def test_a_perturbation_changes_its_step_and_not_a_bit_before(arguments, unperturbed_bits):
+    at_step = 0 if arguments['kind'] == 'unequal_init' else 3
+    perturbation = perturb.Perturbation(**arguments, at_step=at_step, every=0)
+    _, _, state, train_step = setup(perturbation)
+    for number, batch in enumerate(batches(6)[: at_step + 2]):
+        state, _ = train_step(state, batch)
+        # The state after update number at_step is the first that the perturbation can differ in.
+        same = bits((state.params, state.opt_state)) == unperturbed_bits[number]
+        assert same == (number < at_step)
+    # Weights are perturbed before the gradient of that step, all else breaks those of the next.
+    weights_first = arguments['kind'] in perturb.WEIGHT_KINDS
+    assert state.broken_at_step == (at_step if weights_first else at_step + 1)
+
+
+def test_broken_at_step_and_projection_know_orbits():
+    model = models.create('leakynet', depth=7, width=1, init='iiii', convolution='patches')
+    tx = optimizer.sgd(optax.constant_schedule(0.05), 0.9, False, 5e-4)
+    state = step.create_state(model, tx, (8, 8, 3), seed=0, perturbation_seed=0)
+    orbits = symmetry.find_orbits(state.params, model.feature_axes()['params'])
+    assert set(orbits.counts().values()) == {3}
+    key = jax.random.key(1)
+    batch = {
+        'image': jax.random.normal(key, (16, 8, 8, 3)),
+        'label': jax.random.randint(key, (16,), 0, 10),
+    }
+    for given, broken in ((None, 0), (orbits, -1)):
+        train_step = step.make_train_step(model, tx, project=given is not None, orbits=given)
+        end = jax.tree.map(jnp.copy, state)
+        for _ in range(3):
+            end, _ = train_step(end, batch)
+        assert end.broken_at_step == broken
+        axes = model.feature_axes()['params']
+        assert symmetry.is_symmetric(end.params, axes, given) == (given is not None)
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float64'])
+def test_parameters_of_another_precision_train(dtype):
+    """The loss and the statistics are held in float32 at least."""
+    # Flax's BatchNorm mixes dtypes for that.
+    with jax.enable_x64(dtype == 'float64'), jax.numpy_dtype_promotion('standard'):
+        model = models.create('constnet', depth=7, width=1, convolution='patches')
+        tx = optimizer.sgd(optax.constant_schedule(0.05), 0.9, False, 5e-4)
+        state = step.create_state(
+            model, tx, SHAPE, seed=0, perturbation_seed=0, dtype=jnp.dtype(dtype)
+        )
+        perturbation = perturb.Perturbation('gaussian', 1e-2, at_step=1)
+        train_step = step.make_train_step(model, tx, perturbation=perturbation)
+        batch = jax.tree.map(
+            lambda x: x.astype(dtype) if x.dtype == jnp.float32 else x, batches(1)[0]
+        )
+        state, _ = train_step(state, batch)
+        assert state.broken_at_step == -1
+        state, metrics = train_step(state, batch)
+        assert state.broken_at_step == 1
+        assert {str(x.dtype) for x in jax.tree.leaves(state.params)} == {dtype}
+        wide = 'float64' if dtype == 'float64' else 'float32'
+        assert {str(x.dtype) for x in jax.tree.leaves(state.batch_stats)} == {wide}
+        assert metrics['loss'].dtype == wide
+
+
+def test_dropout_breaks_symmetry_without_any_perturbation():
+    _, _, state, train_step = setup(dropout=0.1)
+    state, _ = run(train_step, state, 4)
+    assert 0 < state.broken_at_step <= 3
+
+
+def test_projection_removes_asymmetry_and_changes_nothing_where_there_is_none():
+    perturbation = perturb.Perturbation('gaussian', 1e-2)
+    model, _, state, train_step = setup(perturbation, project=True)
+    state, _ = run(train_step, state, 3)
+    assert symmetry.is_symmetric(state.params, model.feature_axes()['params'])
+    assert symmetry.is_symmetric(state.batch_stats, model.feature_axes()['batch_stats'])
+    assert state.broken_at_step == 0
+
+    _, _, projected_state, projected_step = setup(project=True)
+    _, _, plain_state, plain_step = setup()
+    assert bits(run(projected_step, projected_state, 5)[0].params) == bits(
+        run(plain_step, plain_state, 5)[0].params
+    )
+
+
+def test_how_steps_are_split_into_calls_does_not_change_a_bit():
+    model, tx, _, _ = setup()
+    data = jax.tree.map(lambda *x: jnp.stack(x), *batches(10))
+    function = step.train_step_function(
+        model, tx, perturbation=perturb.Perturbation('gaussian', 1e-6)
+    )
+    steps = step.make_train_steps(
+        lambda state, data: function(state, jax.tree.map(lambda x: x[state.step], data)),
+        determinism='deterministic',
+        steps_per_call=3,
+    )
+    ends = []
+    for counts in ([1] * 10, [3, 3, 3, 1], [2, 1, 3, 2, 2]):
+        state = step.create_state(model, tx, SHAPE, seed=0, perturbation_seed=0)
+        for count in counts:
+            state, metrics = steps(state, data, np.int32(count))
+        ends.append(bits((state.params, state.batch_stats, state.opt_state, metrics)))
+    assert ends[0] == ends[1] == ends[2]
+
+
+def test_seeds_act_on_what_they_are_for_only():
+    model, tx, _, _ = setup(init='random')
+
+    def state(**seeds):
+        return step.create_state(model, tx, SHAPE, **({'seed': 0, 'perturbation_seed': 0} | seeds))
+
+    def key_bits(state, *names):
+        return [jax.random.key_data(state.keys[name]).tolist() for name in names]
+
+    base, other_seed, other_perturbation = state(), state(seed=1), state(perturbation_seed=1)
+    assert bits(base.params) != bits(other_seed.params)
+    assert bits(base.params) == bits(other_perturbation.params)
+    assert key_bits(base, 'perturbation') == key_bits(other_seed, 'perturbation')
+    assert key_bits(base, 'perturbation') != key_bits(other_perturbation, 'perturbation')
+    everything_else = step.KEY_PURPOSES
+    assert key_bits(base, *everything_else) == key_bits(other_perturbation, *everything_else)
+    distinct = key_bits(base, *everything_else, 'perturbation')
+    assert len({tuple(key) for key in distinct}) == len(step.KEY_PURPOSES) + 1
+
+
+def test_the_first_step_that_is_not_finite_is_remembered():
+    _, _, state, train_step = setup()
+    for number, batch in enumerate(batches(4)):
+        if number == 2:
+            batch['image'] = batch['image'].at[0].set(jnp.inf)
+        state, _ = train_step(state, batch)
+    assert state.nonfinite_at_step == 3
+
+
+def test_the_states_buffers_are_donated():
+    _, _, state, train_step = setup()
+    kernel = state.params['stem']['kernel']
+    train_step(state, batches(1)[0])
+    assert kernel.is_deleted()
+
+
+def test_one_compilation_serves_all_steps():
+    traces = []
+    model, tx, state, _ = setup()
+    function = step.train_step_function(model, tx)
+
+    def counted(state, batch):
+        traces.append(None)
+        return function(state, batch)
+
+    jitted = jax.jit(counted)
+    for batch in batches(3):
+        state, _ = jitted(state, batch)
+    assert len(traces) == 1
+
+
+def test_evaluation_ignores_padding():
+    model, _, state, _ = setup(init='random')
+    state.params['head']['kernel'] += jax.random.normal(jax.random.key(0), (64, 10))
+    variables = {'params': state.params, 'batch_stats': state.batch_stats}
+    images = np.random.default_rng(0).normal(size=(6, *SHAPE)).astype(np.float32)
+    labels = np.array([1, 2, 3, 4, 5, 6], np.int32)
+    eval_step = jax.jit(step.eval_step_function(model, lambda x: x))
+    padded = eval_step(variables, images, np.where(np.arange(6) < 4, labels, -1).astype(np.int32))
+    logits = np.asarray(model.apply(variables, images, train=False), np.float64)[:4]
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    assert padded['loss'] == pytest.approx(-log_p[np.arange(4), labels[:4]].sum(), rel=1e-5)
+    assert padded['correct'] == (logits.argmax(-1) == labels[:4]).sum()
+
+
+def test_a_pruned_weight_is_zero_in_the_gradient_too_whatever_the_perturbation():
+    """Perturbed where everything is pruned, the loss is that without a perturbation."""
+    model, tx, state, _ = setup()
+    state.params['head']['kernel'] += jax.random.normal(jax.random.key(1), (64, 10))
+    mask = jax.tree.map(lambda x: jnp.ones(x.shape, bool), state.params)
+    mask['stem']['kernel'] = jnp.zeros_like(mask['stem']['kernel'])
+
+    def loss(mask, scale):
+        perturbation = perturb.Perturbation('gaussian', scale, layers='stem')
+        train_step = step.make_train_step(model, tx, perturbation=perturbation)
+        start = jax.tree.map(jnp.copy, dataclasses.replace(state, mask=mask))
+        end, metrics = train_step(start, batches(1)[0])
+        assert mask is None or not end.params['stem']['kernel'].any()
+        return float(metrics['loss'])
+
+    assert loss(mask, 0.0) == loss(mask, 10.0)
+    assert loss(None, 0.0) != loss(None, 10.0)
+
+
+def test_labels_may_be_probabilities():
+    logits = jax.random.normal(jax.random.key(0), (6, 4))
+    labels = jnp.arange(6) % 4
+    one_hot = jax.nn.one_hot(labels, 4)
+    assert (step.cross_entropy(logits, labels) == step.cross_entropy(logits, one_hot)).all()
+    assert step.accuracy(logits, labels) == jnp.mean(jnp.argmax(logits, 1) == labels)
+    mixed = 0.75 * one_hot + 0.25 * one_hot[::-1]
+    expected = 0.75 * step.accuracy(logits, one_hot) + 0.25 * step.accuracy(logits, one_hot[::-1])
+    assert float(step.accuracy(logits, mixed)) == pytest.approx(float(expected), rel=1e-6)

@@ -1,0 +1,67 @@
+"""Compares runs: where two of them part, how far apart they end, what several gain together.
+
+python -m zerojax.compare RUN_A RUN_B [RUN_C ...] [--output=FILE.json]
+
+The runs are workdirs, finished or still in training; their newest checkpoints are compared. With
+more than two, RUN_A is compared with each other one. Nothing is written but FILE.json.
+
+Exit status: 0 success; 1 a damaged checkpoint; 2 a mistake in flags or files.
+"""
+
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from zerojax.compare.report import report
+from zerojax.compare.several import compare
+from zerojax.host.errors import UsageError
+from zerojax.host.records import write_json
+from zerojax.run import cli
+
+
+def parse(argv: Sequence[str]) -> tuple[list[pathlib.Path], pathlib.Path | None]:
+    """Workdirs and output file that a command line (with the program's name) asks for.
+
+    Raises:
+        UsageError: an unknown flag, less than two runs, one run twice, or a file that cannot be
+            written.
+    """
+    workdirs, output = [], None
+    for argument in argv[1:]:
+        if argument.startswith('--output='):
+            output = pathlib.Path(argument.removeprefix('--output='))
+        elif argument.startswith('-'):
+            raise UsageError(f'{argument}: unknown flag; allowed: --output=FILE.json')
+        else:
+            workdirs.append(pathlib.Path(argument))
+    if len(workdirs) < 2:
+        raise UsageError(f'command line: {len(workdirs)} runs; name at least two workdirs')
+    if output is not None and (output.is_dir() or not output.parent.is_dir()):
+        raise UsageError(f'--output={output}: must be a file in a folder that exists')
+    for workdir in workdirs:
+        if [each.resolve() for each in workdirs].count(workdir.resolve()) > 1:
+            raise UsageError(f'{workdir}: named twice; compare different runs')
+    return workdirs, output
+
+
+def run_command(argv: Sequence[str]) -> None:
+    workdirs, output = parse(argv)
+    found = compare(workdirs)
+    if output is not None:
+        try:
+            write_json(output, found)
+        except OSError as error:
+            raise UsageError(f'--output={output}: cannot be written ({error.strerror})') from error
+    print(report(found))
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command line `argv` (with the program's name); returns the exit status."""
+    if {'-h', '--help'} & set(argv[1:]):
+        print(__doc__)
+        return 0
+    return cli.exit_status(lambda: run_command(argv))
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv))

@@ -1,0 +1,226 @@
+"""Orbax checkpoints of all that decides the next step."""
+
+import contextlib
+import functools
+import hashlib
+import pathlib
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from zerojax.host import distributed, objectstore
+from zerojax.host.errors import RunError
+from zerojax.step import TrainState
+
+KEEP = 3  # newest checkpoints that are kept
+COMMITTED = 'commit_success.txt'  # in a checkpoint on object storage that is complete
+
+
+def tree_sha256(tree: Any) -> str:
+    """Over the bytes of all arrays of a tree, in the order of its leaves."""
+    digest = hashlib.sha256()
+    for x in jax.tree.leaves(tree):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x = jax.random.key_data(x)
+        digest.update(np.ascontiguousarray(jax.device_get(x)).tobytes())
+    return digest.hexdigest()
+
+
+def move_aside(directory: pathlib.Path, step: int) -> pathlib.Path:
+    """Moves a checkpoint into the folder damaged_checkpoints beside; returns where it is then."""
+    aside = directory.with_name('damaged_checkpoints') / str(step)
+    if distributed.is_first():
+        if objectstore.in_store(directory):
+            objectstore.move(directory / str(step), aside)
+        else:
+            if aside.exists():
+                shutil.rmtree(aside)
+            aside.parent.mkdir(exist_ok=True)
+            (directory / str(step)).rename(aside)
+    distributed.largest(0)  # until it is done
+    return aside
+
+
+def with_damaged_metadata(directory: pathlib.Path) -> tuple[list[int], list[int]]:
+    """Steps of the checkpoints whose metadata cannot be read, and of all others."""
+    damaged, whole = [], []
+    for folder in directory.iterdir():
+        if folder.name.isdigit():
+            try:
+                ocp.checkpointables_metadata(folder)
+            except Exception:  # Orbax raises many kinds
+                damaged.append(int(folder.name))
+            else:
+                whole.append(int(folder.name))
+    return sorted(damaged), sorted(whole)
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `directory`/STEP.
+
+    A checkpoint is written beside its place and renamed into it, or on object storage, completed
+    by the file `COMMITTED`, so a process that is killed while saving leaves the older ones as they
+    are.
+    """
+
+    def __init__(
+        self, directory: pathlib.Path, keep_at: Sequence[int] = (), *, read_only: bool = False
+    ) -> None:
+        """`keep_at` are steps whose checkpoints are kept for good, beside the newest.
+
+        With `read_only` the folder must exist, and what another process is writing in it is left
+        alone. Otherwise checkpoints whose metadata is damaged are moved out of the way, into
+        `moved`, as long as any is whole.
+
+        Raises:
+            RunError: metadata is damaged, and no checkpoint may or can take its place.
+        """
+        policies = ocp.training.preservation_policies
+        open_all = functools.partial(
+            ocp.training.Checkpointer,
+            directory if objectstore.in_store(directory) else directory.absolute(),
+            preservation_policy=policies.AnyPreservationPolicy(
+                [policies.LatestN(KEEP), policies.CustomSteps(list(keep_at))]
+            ),
+            cleanup_tmp_directories=not read_only,
+        )
+        self._directory = directory
+        self.moved: dict[int, pathlib.Path] = {}
+        try:
+            self._checkpointer = open_all()
+        except Exception as error:  # of one damaged checkpoint, none can be read
+            damaged, whole = with_damaged_metadata(directory)
+            if not damaged:
+                raise
+            if read_only or not whole:
+                names = ', '.join(str(directory / str(step)) for step in damaged)
+                raise RunError(
+                    f'{names}: damaged metadata; remove that to use the others'
+                ) from error
+            distributed.largest(0)  # until all processes have looked
+            for step in damaged:
+                self.moved[step] = move_aside(directory, step)
+            self._checkpointer = open_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._saving():
+            self._checkpointer.close()
+
+    @property
+    def latest_step(self) -> int | None:
+        """Step of the newest checkpoint; None if there is none."""
+        latest = self._checkpointer.latest
+        return None if latest is None else latest.step
+
+    def save(self, state: TrainState, seconds: float) -> None:
+        """Saves the state under its step, with the run time so far; writes in the background.
+
+        The state is copied first, so its buffers may be donated at once. A checkpoint of this step
+        that is already there is kept.
+        """
+        step = int(state.step)
+        if step == self.latest_step:
+            return
+        copied = jax.tree.map(jnp.copy, state)
+        metadata = {
+            'seconds': seconds,
+            'sha256': tree_sha256(copied),
+            'variables_sha256': tree_sha256(
+                {'params': copied.params, 'batch_stats': copied.batch_stats}
+            ),
+        }
+        with self._saving():
+            self._checkpointer.save_async(step, copied, force=True, custom_metadata=metadata)
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            full = re.search(r'No space left on device|Read-only file system', str(error))
+            raise RunError(
+                f'{self._checkpointer.directory}: a checkpoint could not be saved '
+                f'({full[0] if full else type(error).__name__}); the same command goes on from the '
+                'newest that could'
+            ) from error
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of all checkpoints, rising."""
+        return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
+
+    def read_variables(self, step: int) -> dict[str, Any]:
+        """{'params', 'batch_stats'} of the checkpoint of `step`, on the host and in their dtypes.
+
+        Raises:
+            RunError: it is damaged.
+        """
+        partial = ocp.options.PyTreeOptions(
+            loading=ocp.options.PyTreeOptions.Loading(partial_load=True)
+        )
+        try:
+            stored = self._checkpointer.metadata(step).metadata
+            # As NumPy arrays: JAX would round float64 to float32 where x64 is off.
+            abstract = jax.tree.map(
+                lambda x: np.empty(x.shape, x.dtype),
+                {name: stored[name] for name in ('params', 'batch_stats')},
+            )
+            with ocp.Context(pytree_options=partial):
+                variables = self._checkpointer.load(step, abstract_state=abstract)
+            digest = self._checkpointer.metadata(step).custom_metadata['variables_sha256']
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            raise self._unreadable(step, type(error).__name__) from error
+        if tree_sha256(variables) != digest:
+            raise self._unreadable(step, 'its bytes are not those that were saved')
+        return variables
+
+    def _unreadable(self, step: int, reason: str) -> RunError:
+        folder = self._checkpointer.directory / str(step)
+        return RunError(f'checkpoint {folder} is damaged ({reason})')
+
+    def restore(self, step: int, like: TrainState) -> tuple[TrainState, float]:
+        """The checkpoint of `step` as (state, seconds run so far), placed as `like` is.
+
+        Raises:
+            RunError: it is damaged.
+        """
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
+        )
+        try:
+            state = self._checkpointer.load(step, abstract_state=abstract)
+            metadata = self._checkpointer.metadata(step).custom_metadata
+            seconds, digest = float(metadata['seconds']), metadata['sha256']
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            raise self._unreadable(step, type(error).__name__) from error
+        if tree_sha256(state) != digest:
+            raise self._unreadable(step, 'its bytes are not those that were saved')
+        return state, seconds
+
+    def set_aside(self, step: int) -> pathlib.Path:
+        """Moves the checkpoint of `step` out of the way; the folder that it is in then."""
+        aside = move_aside(self._directory, step)
+        self._checkpointer.reload()
+        return aside
+
+    def delete(self, step: int) -> None:
+        """Removes the checkpoint of `step`."""
+        self._checkpointer.delete(step)
+
+    def wait(self) -> None:
+        """Returns when every checkpoint is on disk.
+
+        Raises:
+            RunError: one could not be saved.
+        """
+        with self._saving():
+            self._checkpointer.wait()

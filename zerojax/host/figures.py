@@ -1,0 +1,66 @@
+"""Figures of one run."""
+
+import io
+import os
+import pathlib
+from typing import Any
+
+from zerojax.host import objectstore
+from zerojax.host.records import Record
+
+
+def draw_run(lines: list[Record], broken_at_step: int | None, path: pathlib.Path) -> None:
+    """Draws loss, accuracy and asymmetry (log axis) against the step into a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    train = [line for line in lines if line['kind'] == 'train']
+    evals = [line for line in lines if line['kind'] == 'eval']
+    figure = Figure(figsize=(7, 7.5), layout='constrained')
+    FigureCanvasAgg(figure)
+    loss, accuracy, asymmetry = figure.subplots(3, 1, sharex=True)
+
+    def curve(axes: Any, records: list[Record], name: str, **style: Any) -> None:
+        axes.plot([r['step'] for r in records], [r[name] for r in records], **style)
+
+    curve(loss, train, 'loss', color='C0', lw=1, label='training batch')
+    curve(loss, evals, 'loss', color='C1', marker='o', ms=3, label='held-out set')
+    loss.set_ylabel('cross-entropy (nats)')
+    loss.set_ylim(bottom=0)
+    curve(accuracy, train, 'accuracy', color='C0', lw=1, label='training batch')
+    curve(accuracy, evals, 'accuracy', color='C1', marker='o', ms=3, label='held-out set')
+    accuracy.set_ylabel('accuracy')
+    accuracy.set_ylim(0, 1.02)
+
+    broken = [line for line in train if line['asymmetry'] > 0]
+    asymmetry.set_yscale('log')
+    if broken:
+        curve(asymmetry, broken, 'asymmetry', color='C2', label='largest relative deviation')
+    else:
+        asymmetry.set_ylim(1e-8, 10)
+        asymmetry.text(
+            0.5, 0.5, 'exactly 0 at every step', ha='center', transform=asymmetry.transAxes
+        )
+    asymmetry.set_ylabel('asymmetry of features')
+    asymmetry.set_xlabel('step')
+    for axes in (loss, accuracy, asymmetry):
+        if broken_at_step is not None:
+            axes.axvline(
+                broken_at_step,
+                color='0.3',
+                ls='--',
+                lw=1,
+                label=f'symmetry broken at {broken_at_step}',
+            )
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8, frameon=False)
+        axes.grid(alpha=0.3)
+    if objectstore.in_store(path):
+        content = io.BytesIO()
+        figure.savefig(content, format='png', dpi=120)
+        path.write_bytes(content.getvalue())
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + '.tmp')
+    figure.savefig(beside, format='png', dpi=120)
+    os.replace(beside, path)

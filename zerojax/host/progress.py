@@ -1,0 +1,72 @@
+"""What is shown while runs are trained."""
+
+import sys
+import time
+from typing import Self
+
+import tqdm
+
+from zerojax.host import distributed
+
+
+class Progress:
+    """One progress bar for all runs on a terminal; a plain line for each evaluation elsewhere.
+
+    Of several processes only the first shows anything.
+    """
+
+    def __init__(self, num_steps: int) -> None:
+        """`num_steps` are those of all runs together."""
+        self._num_steps = num_steps
+        self._silent = not distributed.is_first()
+        self._bar = tqdm.tqdm(
+            total=num_steps, unit='step', disable=self._silent or not sys.stderr.isatty()
+        )
+        self._done = 0
+        self.start_clock()
+
+    def start_clock(self) -> None:
+        """Measures speed and time left from here on, so that compilation does not count."""
+        self._start_done, self._start = self._done, time.monotonic()
+        self._bar.unpause()
+
+    def skip(self, steps: int) -> None:
+        """Counts steps that were done before, or never will be, and so tell nothing of speed."""
+        self.advance(steps)
+        self._start_done += steps
+
+    def advance(self, steps: int) -> None:
+        """Counts steps that were done now."""
+        self._done += steps
+        self._bar.update(steps)
+
+    def show(self, **values: float) -> None:
+        """Shows the values beside the bar."""
+        self._bar.set_postfix(
+            {name: f'{value:.3g}' for name, value in values.items()}, refresh=False
+        )
+
+    def say(self, message: str) -> None:
+        """Prints a line without disturbing the bar."""
+        if self._silent:
+            return
+        if self._bar.disable:
+            print(message, flush=True)
+        else:
+            self._bar.write(message)
+
+    def evaluated(self, where: str, **values: float) -> None:
+        """Shows an evaluation `where` it was made; in a plain line also speed and time left."""
+        shown = '  '.join(f'{name} {value:.4g}' for name, value in values.items())
+        speed = ''
+        if self._done > self._start_done:
+            per_step = (time.monotonic() - self._start) / (self._done - self._start_done)
+            left = (self._num_steps - self._done) * per_step
+            speed = f'  {1 / per_step:.1f} steps/s  {left:.0f} s left'
+        self.say(f'{where}  {shown}{speed}')
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()

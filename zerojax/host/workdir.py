@@ -1,0 +1,108 @@
+"""The folder of one run: made, locked, and never shared with a run of another config."""
+
+import fcntl
+import json
+import pathlib
+from typing import IO, Self
+
+from flax.traverse_util import flatten_dict
+
+from zerojax.host import objectstore
+from zerojax.host.errors import UsageError
+from zerojax.host.records import Record, write_json
+
+
+def lock(path: pathlib.Path) -> IO[str]:
+    """Makes the folder if need be; the open file to which its lock belongs.
+
+    Raises:
+        UsageError: it cannot be written or is in use.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        file = open(path / '.lock', 'w')
+    except OSError as error:
+        raise UsageError(
+            f'--workdir={path}: cannot be written ({error.strerror}); name another folder'
+        ) from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UsageError(
+            f'--workdir={path}: another process is training in it; '
+            'wait for it or name another folder'
+        ) from None
+    return file
+
+
+class Workdir:
+    """A folder that holds one run, locked while this object is open.
+
+    The lock belongs to the open file, so it ends with the process however that ends. On object
+    storage there is none; see `zerojax.host.objectstore.Mirror`.
+    """
+
+    def __init__(self, path: pathlib.Path, config: Record) -> None:
+        """Locks the folder and makes sure that it is new or holds a run of the same config.
+
+        Raises:
+            UsageError: it cannot be written, is in use, or holds a run of another config.
+        """
+        self.path = path
+        self._lock = None if objectstore.in_store(path) else lock(path)
+        try:
+            self._claim(config)
+        except OSError as error:
+            self._unlock()
+            reason = error.strerror or objectstore.one_line(error)
+            raise UsageError(f'--workdir={path}: cannot be written ({reason})') from error
+        except BaseException:
+            self._unlock()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+    def _claim(self, config: Record) -> None:
+        file = self.path / 'config.json'
+        if not file.exists():
+            remains = [
+                name
+                for name in ('checkpoints', 'metrics.jsonl', 'manifest.json', 'summary.json')
+                if (self.path / name).exists()
+            ]
+            if remains:
+                raise UsageError(
+                    f'--workdir={self.path}: holds {", ".join(remains)} but no config.json; '
+                    'name another folder'
+                )
+            write_json(file, config)
+            return
+        try:
+            theirs = flatten_dict(json.loads(file.read_text()), sep='.')
+        except (ValueError, AttributeError, OSError) as error:
+            raise UsageError(
+                f'--workdir={self.path}: its config.json cannot be read ({error}); '
+                'name another folder'
+            ) from error
+        ours = flatten_dict(config, sep='.')
+        missing = object()
+        differing = [
+            f'{field} is {json.dumps(theirs[field]) if field in theirs else "absent"} there and '
+            f'{json.dumps(ours[field]) if field in ours else "absent"} here'
+            for field in sorted(theirs.keys() | ours.keys())
+            if theirs.get(field, missing) != ours.get(field, missing)
+        ]
+        if differing:
+            raise UsageError(
+                f'--workdir={self.path}: holds a run of another config ({"; ".join(differing)}); '
+                'name another folder'
+            )

@@ -1,0 +1,151 @@
+"""Whether the kernels of a backend keep equal features bitwise equal, layer by layer.
+
+A kernel that gives the same bits in every call may still treat features differently: the last ones
+of a vector, or a tile at the edge, may be summed in another order. Whether it does depends on the
+width, so it is measured on the very network. Works for any Linen model that declares its
+`feature_axes` as `zerojax.symmetry` has them.
+"""
+
+import functools
+from collections.abc import Callable, Collection
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from zerojax import symmetry
+from zerojax.measure import metrics
+from zerojax.measure.noise import Spread, element_spread, feature_spread
+
+Tree = Any
+
+
+def symmetric_fill(
+    params: Tree, feature_axes: Tree, orbits: symmetry.Orbits | None = None, seed: int = 0
+) -> Tree:
+    """Weights that tell something and have all features of an orbit equal.
+
+    Where a network starts at zeros and constants, most results are 0 and would look exact whatever
+    the kernels do. Here arrays with two axes or more become N(0, 1) / fan_in (fan_in: product of
+    all axes but the last), all others (scales, biases) get 0.1 · N(0, 1) added; then each feature
+    is set to its orbit's first one (`symmetry.project`). Drawn on the host, so that every device,
+    compilation and process has the same bits.
+
+    Args:
+        params: any floats, whose shapes, dtypes and 1-D values are taken over.
+        feature_axes: the declaration of `params`.
+        orbits: which features are to be equal, by default all of a layer.
+        seed: of the random numbers.
+
+    Raises:
+        ValueError: `params` and `feature_axes` do not fit each other.
+    """
+    generator = np.random.default_rng(seed)
+    filled = {}
+    for path, x in sorted(flatten_dict(params).items()):
+        values = np.asarray(x)
+        noise = generator.standard_normal(values.shape)
+        if values.ndim >= 2:
+            noise = noise / np.prod(values.shape[:-1])
+        else:
+            noise = values.astype(np.float64) + 0.1 * noise
+        filled[path] = noise.astype(values.dtype)
+    project = functools.partial(symmetry.project, feature_axes=feature_axes, orbits=orbits)
+    return jax.jit(project)(unflatten_dict(filled))  # eagerly, each shape would be compiled
+
+
+def tensors(
+    loss: Callable[[Tree], jax.Array], params: Tree, layers: Collection[str]
+) -> dict[str, Any]:
+    """Outputs of the layers, the loss, and its gradients; pure, to be jitted by the caller.
+
+    Args:
+        loss: calls a Linen model's `apply` once with its argument as parameters; returns a scalar.
+        params: the parameters.
+        layers: paths of submodules, as in `metrics.layer_outputs`.
+
+    Returns:
+        {'forward': {'outputs': {layer: [..., C]}, 'loss': []},
+        'gradients': {'outputs': {layer: [..., C]}, 'params': like params}}.
+    """
+    value, outputs, output_gradients, gradients = metrics.all_gradients(loss, params, layers)
+    return {
+        'forward': {'outputs': outputs, 'loss': value},
+        'gradients': {'outputs': output_gradients, 'params': gradients},
+    }
+
+
+def equal_features(
+    tree: Tree, feature_axes: Tree, orbits: symmetry.Orbits | None = None
+) -> dict[str, Spread]:
+    """Spread between equal features, for each array that has any, by '/'-joined path.
+
+    1 distinct feature and 0 ULPs mean bitwise equal. Of several named axes the worst counts. Only
+    features of one orbit are compared (by default all of a layer are one); of arrays in
+    `orbits.entries`, such as an identity, the single weights that must be equal. Runs on the host.
+
+    Raises:
+        ValueError: tree and declaration do not fit each other.
+    """
+    arrays, declared = flatten_dict(tree), flatten_dict(feature_axes)
+    if arrays.keys() != declared.keys():
+        differing = sorted('/'.join(path) for path in arrays.keys() ^ declared.keys())
+        raise ValueError(f'feature_axes and tree differ in {", ".join(differing)}')
+    spreads = {}
+    for path, x in arrays.items():
+        if len(declared[path]) != np.ndim(x):
+            raise ValueError(f'{"/".join(path)}: {declared[path]} does not fit shape {np.shape(x)}')
+        if orbits is not None and path in orbits.entries:
+            along = [element_spread(x, orbits.entries[path])]
+        else:
+            along = [
+                feature_spread(x, axis, first)
+                for axis, name in enumerate(declared[path])
+                if name is not None
+                for first in [None if orbits is None else orbits.first[name]]
+                if first is None or len(np.unique(first)) < len(first)
+            ]
+        if along:
+            spreads['/'.join(path)] = max(along, key=lambda each: (each.ulps, each.distinct))
+    return spreads
+
+
+def output_axis(layer: str, params_axes: Tree) -> str:
+    """Name of the features that a layer puts out, as its kernels declare it.
+
+    Raises:
+        ValueError: its kernels do not agree, or it has none.
+    """
+    names = {
+        axes[-1]
+        for path, axes in flatten_dict(params_axes, sep='/').items()
+        if path.startswith(f'{layer}/') and len(axes) >= 2
+    }
+    if len(names) != 1 or None in names:
+        raise ValueError(f'layer {layer!r}: its kernels have {names} along their last axis')
+    return names.pop()
+
+
+def equal_features_of(
+    results: dict[str, Any], params_axes: Tree, orbits: symmetry.Orbits | None = None
+) -> dict[str, Spread]:
+    """`equal_features` of what `tensors` returns: outputs, their gradients, and those of weights.
+
+    Features are the last axis of every output.
+    """
+    outputs, output_gradients = results['forward']['outputs'], results['gradients']['outputs']
+    last = {
+        layer: (None,) * (np.ndim(x) - 1)
+        + ('features' if orbits is None else output_axis(layer, params_axes),)
+        for layer, x in outputs.items()
+    }
+    return {
+        f'{kind}/{name}': spread
+        for kind, tree, axes in (
+            ('outputs', outputs, last),
+            ('output_gradients', output_gradients, last),
+            ('gradients', results['gradients']['params'], params_axes),
+        )
+        for name, spread in equal_features(tree, axes, orbits).items()
+    }

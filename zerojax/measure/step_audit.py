@@ -1,0 +1,287 @@
+"""What a machine can be trusted with: noise and symmetry of one train step, and the verdict.
+
+Nothing here knows of configs, files or flags.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from zerojax import symmetry
+from zerojax.measure import equal_features
+from zerojax.measure.noise import Operation, Spread, noise_floor, operations_that_may_not_repeat
+from zerojax.models import Network
+from zerojax.step import Batch, TrainState, cross_entropy
+
+Tree = Any
+PARTS = ('forward', 'gradients', 'new state')
+ONE_EXECUTABLE, COMPILATIONS, PROCESSES = 'one executable', 'fresh compilations', 'processes'
+
+_UNITS = {ONE_EXECUTABLE: 'calls', COMPILATIONS: 'compilations', PROCESSES: 'processes'}
+_TITLES = {ONE_EXECUTABLE: 'calls of one executable'} | {x: x for x in (COMPILATIONS, PROCESSES)}
+_ROW = '{:<34} {:>7} {:>8} {:>9} {:>8}  {}'
+_COLUMNS = ('distinct', 'ULPs', 'relative', 'most in')
+_ROWS = 4  # of any list in the verdict, which is one screen
+
+
+def symmetric_state(
+    state: TrainState,
+    model: Network,
+    tx: optax.GradientTransformation,
+    orbits: symmetry.Orbits | None = None,
+) -> TrainState:
+    """The state with `symmetric_fill` for weights, and the optimizer as it starts."""
+    params = equal_features.symmetric_fill(state.params, model.feature_axes()['params'], orbits)
+    return dataclasses.replace(state, params=params, opt_state=tx.init(params))
+
+
+def make_inspection(
+    model: Network, make_batch: Callable[[TrainState, Tree], Batch]
+) -> Callable[[TrainState, Tree], dict[str, Any]]:
+    """A pure (state, data) -> `equal_features.tensors` of the train step that the state is at.
+
+    `make_batch(state, data)` makes the step's batch. The model must be without dropout, which would
+    make equal features differ, whatever the kernels do.
+    """
+
+    def inspect(state: TrainState, data: Tree) -> dict[str, Any]:
+        batch = make_batch(state, data)
+
+        def loss(params: Tree) -> jax.Array:
+            logits_BxN, _ = model.apply(
+                {'params': params, 'batch_stats': state.batch_stats},
+                batch['image'],
+                train=True,
+                mutable=['batch_stats'],
+            )
+            return jnp.mean(cross_entropy(logits_BxN, batch['label']))
+
+        return equal_features.tensors(loss, state.params, model.layers())
+
+    return inspect
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledStep:
+    """A train step as executables, and what they are called with.
+
+    Attributes:
+        train_steps: compiled (state, data, count) -> (state, metrics), which donates the state; see
+            `step.make_train_steps`. It is called for one step.
+        inspection: compiled (state, data) -> the step's intermediate tensors; see
+            `make_inspection`. These do not leave `train_steps`, so they are those of a second
+            program, of the same operations but fused otherwise.
+        state, data: the arguments.
+    """
+
+    train_steps: Any
+    inspection: Any
+    state: TrainState
+    data: Tree
+
+    def run(self) -> dict[str, Any]:
+        """{'forward': ..., 'gradients': ..., 'new state': ...}, each a pytree."""
+        copy = jax.tree.map(lambda x: x.copy(), self.state)
+        state, metrics = self.train_steps(copy, self.data, np.int32(1))
+        return self.inspection(self.state, self.data) | {
+            'new state': {
+                'params': state.params,
+                'batch_stats': state.batch_stats,
+                'opt_state': state.opt_state,
+                'metrics': metrics,
+            }
+        }
+
+    def operations(self, backend: str) -> list[Operation]:
+        """Operations of the training program that may not repeat."""
+        return operations_that_may_not_repeat(self.train_steps.as_text(), backend)
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What was measured, and what it says.
+
+    Attributes:
+        compared: number of results that were compared in each scope ('one executable', 'fresh
+            compilations', 'processes').
+        noise: for each scope the spread of each tensor ('forward/outputs/stem').
+        operations: those of the training program that may not repeat.
+        features: spread between the features of each tensor that are equal in exact arithmetic
+            ('outputs/stem', 'gradients/block1_0/conv/kernel'); behind the first '/' comes the
+            layer.
+    """
+
+    compared: dict[str, int]
+    noise: dict[str, dict[str, Spread]]
+    operations: list[Operation]
+    features: dict[str, Spread]
+
+    def unequal_layers(self) -> dict[str, tuple[str, Spread]]:
+        """The layers whose features differ, each with its worst tensor."""
+        unequal: dict[str, tuple[str, Spread]] = {}
+        for name, spread in self.features.items():
+            layer = name.split('/')[1]
+            if spread.distinct > 1 and (
+                layer not in unequal or spread.ulps > unequal[layer][1].ulps
+            ):
+                unequal[layer] = name, spread
+        return unequal
+
+    def layers(self) -> list[str]:
+        """All layers whose features were compared."""
+        return list(dict.fromkeys(name.split('/')[1] for name in self.features))
+
+    def silent(self) -> list[str]:
+        """Tensors of the forward pass and the gradients that were 0 throughout."""
+        floor = next(iter(self.noise.values()))
+        return [
+            name
+            for name, spread in floor.items()
+            if spread.magnitude == 0 and not name.startswith('new state/')
+        ]
+
+    def record(self, *, full: bool) -> dict[str, Any]:
+        """As JSON takes it: every tensor, or of each part and layer only the worst."""
+        noise: dict[str, Any] = {}
+        for scope, floor in self.noise.items():
+            if full:
+                noise[scope] = {name: spread.record() for name, spread in floor.items()}
+            else:
+                noise[scope] = {
+                    part: {'tensor': name, **spread.record()}
+                    for part in PARTS
+                    for name, spread in [worst(floor, part)]
+                }
+        chosen = self.features if full else dict(self.unequal_layers().values())
+        return {
+            'verdict': self.sentences(),
+            'compared': self.compared,
+            'noise': noise,
+            'operations': [dataclasses.asdict(operation) for operation in self.operations],
+            'features' if full else 'unequal_features': {
+                name: spread.record() for name, spread in chosen.items()
+            },
+        }
+
+    def sentences(self) -> list[str]:
+        """What can be said from what was measured, and no more."""
+        sentences = []
+        counts = {scope: f'{number} {_UNITS[scope]}' for scope, number in self.compared.items()}
+        noisy = {
+            scope: {name: spread for name, spread in floor.items() if spread.distinct > 1}
+            for scope, floor in self.noise.items()
+        }
+        quiet = [counts[scope] for scope, tensors in noisy.items() if not tensors]
+        if len(quiet) == len(noisy):
+            sentences.append(f'Repeats to the bit: no noise observed in {_listed(quiet)}.')
+        elif quiet:
+            sentences.append(f'No noise observed in {_listed(quiet)}.')
+        for scope, tensors in noisy.items():
+            if tensors:
+                name, spread = _largest(tensors)
+                sentences.append(
+                    f'Noise of its own in {counts[scope]}: {len(tensors)} of '
+                    f'{len(self.noise[scope])} tensors differ, most of all {name}: '
+                    f'{_ulps(spread)} ULPs, {_relative(spread)} of its largest number.'
+                )
+        unequal, layers = self.unequal_layers(), self.layers()
+        if unequal:
+            name, spread = _largest(dict(unequal.values()))
+            sentences.append(
+                f'Kernels do not keep equal features equal in {len(unequal)} of {len(layers)} '
+                f'layers, least of all {name}: {spread.distinct} distinct features, '
+                f'{_ulps(spread)} ULPs, {_relative(spread)} of its largest number.'
+            )
+        elif layers:
+            sentences.append(
+                f'Kernels keep equal features bitwise equal in all {len(layers)} layers.'
+            )
+        else:
+            sentences.append('No features of this network are meant to be equal.')
+        if silent := self.silent():
+            sentences.append(
+                f'Tensors that are 0 throughout and tell nothing: {_shortened(silent)}.'
+            )
+        return sentences
+
+    def table(self) -> list[str]:
+        """The measurements as lines of at most 100 columns."""
+        lines = [_ROW.format('noise floor', 'tensors', *_COLUMNS)]
+        for scope, floor in self.noise.items():
+            lines.append(f'{self.compared[scope]} {_TITLES[scope]}')
+            for part in PARTS:
+                names = [name for name in floor if name.startswith(f'{part}/')]
+                name, spread = worst(floor, part)
+                where = '' if spread.distinct == 1 else name.removeprefix(f'{part}/')
+                lines.append(_row(part, spread, where, tensors=len(names)))
+
+        lines += ['', 'operations known not to repeat on some backend']
+        lines += [f'  {x.count:>3} {x.name}: {x.remark}' for x in self.operations[:_ROWS]]
+        lines += _and_more(len(self.operations)) if self.operations else ['  none in the program']
+
+        unequal, number = self.unequal_layers(), len(self.layers())
+        lines += ['', _ROW.format('equal features', '', *_COLUMNS) if unequal else 'equal features']
+        for layer, (name, spread) in list(unequal.items())[:_ROWS]:
+            lines.append(_row(layer, spread, name))
+        lines += _and_more(len(unequal))
+        lines.append(f'  bitwise equal in {number - len(unequal)} of {number} layers')
+        return [line[:100].rstrip() for line in lines]
+
+
+def worst(floor: dict[str, Spread], part: str) -> tuple[str, Spread]:
+    """The tensor of a part ('forward', 'gradients', 'new state') that differs most, in ULPs."""
+    return _largest({name: x for name, x in floor.items() if name.startswith(f'{part}/')})
+
+
+def _largest(spreads: dict[str, Spread]) -> tuple[str, Spread]:
+    return max(spreads.items(), key=lambda item: (item[1].ulps, item[1].distinct))
+
+
+def _row(title: str, spread: Spread, where: str, tensors: int | str = '') -> str:
+    distinct, ulps, relative = spread.distinct, _ulps(spread), _relative(spread)
+    return _ROW.format(f'  {title}', tensors, distinct, ulps, relative, where[-28:])
+
+
+def _ulps(spread: Spread) -> str:
+    if not np.isfinite(spread.ulps):
+        return 'NaN'
+    return str(spread.ulps) if spread.ulps < 1e6 else f'{spread.ulps:.1e}'
+
+
+def _relative(spread: Spread) -> str:
+    if not np.isfinite(spread.relative):
+        return 'NaN'
+    return f'{spread.relative:.0e}' if spread.relative else '0'
+
+
+def _listed(texts: list[str]) -> str:
+    return ', '.join(texts[:-1]) + ' and ' + texts[-1] if len(texts) > 1 else texts[0]
+
+
+def _shortened(names: list[str]) -> str:
+    return ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
+
+
+def _and_more(number: int) -> list[str]:
+    return [f'  and {number - _ROWS} more, see audit.json'] if number > _ROWS else []
+
+
+def audit_compiled(
+    compiled: CompiledStep,
+    params_axes: Tree,
+    repeats: int,
+    orbits: symmetry.Orbits | None = None,
+) -> Verdict:
+    """The short audit: noise of executables that exist already, and their equal features."""
+    first = compiled.run()
+    return Verdict(
+        compared={ONE_EXECUTABLE: repeats},
+        noise={ONE_EXECUTABLE: noise_floor([first, *(compiled.run() for _ in range(repeats - 1))])},
+        operations=compiled.operations(jax.default_backend()),
+        features=equal_features.equal_features_of(first, params_axes, orbits),
+    )

@@ -1,0 +1,363 @@
+"""Image sets, the order of examples, and augmentation inside jit.
+
+A set is held whole, as bytes, on the device; every batch is cut out and augmented there. Shapes
+are written as suffixes: B batch, H and W space, C channels, N examples.
+"""
+
+import dataclasses
+import hashlib
+import http.client
+import pathlib
+import threading
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zerojax.host.errors import UsageError
+
+TFDS_NAMES = (
+    'cifar10', 'cifar100', 'fashion_mnist', 'mnist', 'svhn_cropped', 'imagenet_resized/32x32',
+)  # fmt: skip
+NAMES = ('digits', *TFDS_NAMES)
+
+PAD = 4  # pixels that the random crop may shift an image by, as in the paper
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """images uint8 [N, H, W, C], labels int32 [N], both on the host."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def sha256(self) -> str:
+        """Over the bytes of the images, then of the labels (little-endian int32)."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.images).tobytes())
+        digest.update(self.labels.astype('<i4').tobytes())
+        return digest.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Training and held-out examples; labels run from 0 to num_classes - 1."""
+
+    train: Split
+    eval: Split
+    num_classes: int
+
+
+def load(name: str, data_dir: str | None, train_split: str, eval_split: str) -> Dataset:
+    """Loads an image set into host memory.
+
+    Args:
+        name: 'digits' (scikit-learn's 8x8 digits, part of its package, split at random, stratified
+            by class, into 1437 to train on and 360 held out) or the name of a TensorFlow Datasets
+            set.
+        data_dir: where prepared TFDS sets are; None is TFDS's default place.
+        train_split, eval_split: TFDS split expressions such as 'train[:5000]'; for digits only
+            'train' and 'test' exist.
+
+    Raises:
+        UsageError: the set is unknown, cannot be read or cannot be prepared here.
+    """
+    if name == 'digits':
+        return _load_digits(train_split, eval_split)
+    if name in TFDS_NAMES:
+        return _load_tfds(name, data_dir, train_split, eval_split)
+    raise UsageError(f'dataset.name={name!r}: must be one of {", ".join(NAMES)}')
+
+
+def _load_digits(train_split: str, eval_split: str) -> Dataset:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    try:
+        digits = load_digits()
+    except Exception as error:  # gzip, zlib and NumPy raise many kinds
+        raise UsageError(
+            f"dataset.name='digits': scikit-learn's copy cannot be read ({_reason(error)}); "
+            'install scikit-learn anew'
+        ) from error
+    images = digits.images.astype(np.uint8)[..., None]  # 0 to 16
+    labels = digits.target.astype(np.int32)
+    train, test = train_test_split(
+        np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels
+    )
+    splits = {
+        'train': Split(images[train], labels[train]),
+        'test': Split(images[test], labels[test]),
+    }
+    for field, split in (('train_split', train_split), ('eval_split', eval_split)):
+        if split not in splits:
+            raise UsageError(
+                f"dataset.{field}={split!r}: digits have the splits 'train' and 'test'"
+            )
+    return Dataset(splits[train_split], splits[eval_split], num_classes=10)
+
+
+def _load_tfds(name: str, data_dir: str | None, train_split: str, eval_split: str) -> Dataset:
+    builder = _open_tfds(name, data_dir)
+    if not builder.is_prepared():
+        if builder.data_path.exists():  # TFDS would take it for the whole set
+            raise _damaged(builder.data_path, 'dataset_info.json is missing')
+        _prepare_tfds(builder, data_dir)
+        builder = _open_tfds(name, data_dir)
+    return Dataset(
+        _read_tfds(builder, 'train_split', train_split),
+        _read_tfds(builder, 'eval_split', eval_split),
+        builder.info.features['label'].num_classes,
+    )
+
+
+def _open_tfds(name: str, data_dir: str | None) -> Any:
+    import tensorflow_datasets as tfds
+
+    try:
+        return tfds.builder(name, data_dir=data_dir)
+    except Exception as error:  # of a damaged dataset_info.json, TFDS raises many kinds
+        root = data_dir or tfds.core.constants.DATA_DIR
+        raise _damaged(f'{root}/{name}', _reason(error)) from error
+
+
+def _damaged(folder: Any, reason: str) -> UsageError:
+    return UsageError(
+        f'dataset.data_dir: {folder} cannot be read ({reason}); '
+        'remove that folder and prepare the set again'
+    )
+
+
+def _reason(error: Exception) -> str:
+    """The first line of its message, or its name if it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _read_tfds(builder: Any, field: str, split: str) -> Split:
+    """Reads one split of a prepared set; without TensorFlow unless the files are TFRecords."""
+    from tensorflow_datasets.core import FileFormat
+
+    where = f'dataset.{field}={split!r}'
+    try:
+        num_examples = builder.info.splits[split].num_examples
+    except Exception as error:  # TFDS raises many kinds for a bad split expression
+        splits = ', '.join(builder.info.splits)
+        raise UsageError(
+            f"{where}: not a split of {builder.name} (splits: {splits}; parts as 'train[:5000]'): "
+            f'{_reason(error)}'
+        ) from error
+    if num_examples == 0:
+        raise UsageError(f'{where}: holds no examples')
+    try:
+        if builder.info.file_format == FileFormat.TFRECORD:
+            import tensorflow_datasets as tfds
+
+            _import_tensorflow(
+                f'dataset.data_dir: {builder.data_path} holds TFRecord files; reading them'
+            )
+            examples = tfds.as_numpy(builder.as_dataset(split=split, shuffle_files=False))
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore')
+                examples = builder.as_data_source(split=split)
+            _check_shards(builder.info.splits[split].file_instructions)
+        return _stack(examples, num_examples, builder.info.features)
+    except UsageError:
+        raise
+    except Exception as error:  # a damaged set fails in many ways: array_record, PIL, TFDS
+        raise _damaged(builder.data_path, _reason(error)) from error
+
+
+def _check_shards(shards: Any) -> None:
+    """Checks that files hold as many examples as dataset_info.json says; no more are read."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    for shard in shards:
+        reader = ArrayRecordReader(shard.filename)
+        count = reader.num_records()
+        reader.close()
+        if count != shard.examples_in_shard:
+            raise ValueError(
+                f'{shard.filename} holds {count} examples, '
+                f'dataset_info.json says {shard.examples_in_shard}'
+            )
+
+
+def _stack(examples: Iterable[dict[str, Any]], count: int, features: Any) -> Split:
+    """Examples in one array, filled as they come: ImageNet leaves no room for two.
+
+    Raises:
+        ValueError: the examples are not as many, or not such, as the set is said to hold.
+    """
+    shape, num_classes = features['image'].shape, features['label'].num_classes
+    images, labels = np.empty((count, *shape), np.uint8), np.empty(count, np.int32)
+    number = 0
+    for number, example in enumerate(examples, start=1):
+        image, label = example['image'], example['label']
+        if image.shape != shape:  # NumPy would stretch some to fit
+            raise ValueError(f'example {number}: image of shape {image.shape} instead of {shape}')
+        if not 0 <= label < num_classes:
+            raise ValueError(
+                f'example {number}: label {label}, must be from 0 to {num_classes - 1}'
+            )
+        images[number - 1], labels[number - 1] = image, label
+    if number != count:
+        raise ValueError(f'{number} examples instead of {count}')
+    return Split(images, labels)
+
+
+def _prepare_tfds(builder: Any, data_dir: str | None) -> None:
+    """Prepares a set from archives in the manual folder, or from the network."""
+    import tensorflow_datasets as tfds
+
+    root = pathlib.Path(data_dir) if data_dir else pathlib.Path(tfds.core.constants.DATA_DIR)
+    root = root.expanduser()
+    manual_dir = root / 'downloads' / 'manual'
+    archives = {url: pathlib.PurePosixPath(url).name for url in builder.url_infos}
+    missing = {url: name for url, name in archives.items() if not (manual_dir / name).is_file()}
+    for url, name in archives.items():
+        if url not in missing and _sha256(manual_dir / name) != builder.url_infos[url].checksum:
+            raise UsageError(
+                f'dataset.data_dir: {manual_dir / name} is damaged, its SHA-256 is not that of '
+                f'{url}; get it anew'
+            )
+    advice = (
+        f'put {", ".join(missing.values())} into {manual_dir}, or name a folder that holds a '
+        f'prepared {builder.name}/{builder.version} with --config.dataset.data_dir=DIR '
+        '(configs/digits.py needs neither)'
+    )
+    failed = f'dataset.name={builder.name!r}: not prepared in {root}'
+    for url in missing:
+        problem = _why_unreachable(url, timeout=8)
+        if problem:
+            raise UsageError(f'{failed} and {url} cannot be reached ({problem}): {advice}')
+    _import_tensorflow(f'dataset.name={builder.name!r}: preparing it')
+    try:
+        builder.download_and_prepare(
+            file_format='array_record',
+            download_config=tfds.download.DownloadConfig(manual_dir=manual_dir),
+        )
+    except Exception as error:  # network, disk, checksum: TFDS raises many kinds
+        raise UsageError(
+            f'{failed} and preparing it failed ({_reason(error)}): {advice}'
+        ) from error
+
+
+def _sha256(file: pathlib.Path) -> str:
+    with open(file, 'rb') as opened:
+        return hashlib.file_digest(opened, 'sha256').hexdigest()
+
+
+def _why_unreachable(url: str, timeout: float) -> str | None:
+    """Why the URL's host does not answer within `timeout` seconds; None if it does.
+
+    TFDS itself would retry for minutes. The thread is there because looking up a host's name knows
+    no timeout.
+    """
+    problems: list[str | None] = []
+
+    def ask() -> None:
+        try:
+            request = urllib.request.Request(url, method='HEAD')
+            with urllib.request.urlopen(request, timeout=timeout):
+                problems.append(None)
+        except urllib.error.HTTPError:
+            problems.append(None)  # the host answered; TFDS will say what it makes of that
+        except (OSError, http.client.HTTPException) as error:
+            problems.append(str(getattr(error, 'reason', error)))
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    return problems[0] if problems else f'no answer in {timeout:g} s'
+
+
+def _import_tensorflow(purpose: str) -> None:
+    try:
+        import tensorflow as tf
+    except ImportError as error:
+        raise UsageError(f"{purpose} needs TensorFlow: pip install 'zerojax[prepare]'") from error
+    tf.config.set_visible_devices([], 'GPU')  # the device is JAX's
+
+
+def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each channel, float32 [C], in the images' units (0 to 255)."""
+    pixels = images.reshape(-1, images.shape[-1])
+    return pixels.mean(0, np.float64).astype('f4'), pixels.std(0, np.float64).astype('f4')
+
+
+def normalize(images_BxHxWxC: jax.Array, mean_C: np.ndarray, std_C: np.ndarray) -> jax.Array:
+    """(uint8 images - mean) / std as float32; mean and std in units of 0 to 255."""
+    return (images_BxHxWxC.astype(jnp.float32) - mean_C[None, None, None]) / std_C[None, None, None]
+
+
+def epoch_order(key: jax.Array, epoch: jax.Array, num_examples: int) -> jax.Array:
+    """The order of examples in an epoch, a permutation int32 [N] that depends on nothing else."""
+    return jax.random.permutation(jax.random.fold_in(key, epoch), num_examples)
+
+
+def batch_indices(order_N: jax.Array, step: jax.Array, batch_size: int) -> jax.Array:
+    """Indices of the examples of update `step` (from 0) in its epoch's order, int32 [B].
+
+    An epoch has N // B steps; the N % B examples at the end of its order are not used in it.
+    """
+    position = step % (len(order_N) // batch_size)
+    return jax.lax.dynamic_slice_in_dim(order_N, position * batch_size, batch_size)
+
+
+def augment(key: jax.Array, images_BxHxWxC: jax.Array) -> jax.Array:
+    """Reflect-pads by 4 pixels, crops at random to the old size, mirrors half of the images."""
+    batch, height, width, channels = images_BxHxWxC.shape
+    crop_key, flip_key = jax.random.split(key)
+    offsets_Bx2 = jax.random.randint(crop_key, (batch, 2), 0, 2 * PAD + 1)
+    flips_B = jax.random.bernoulli(flip_key, shape=(batch,))
+    padded = jnp.pad(images_BxHxWxC, ((0, 0), (PAD, PAD), (PAD, PAD), (0, 0)), mode='reflect')
+
+    def crop_and_flip(image: jax.Array, offset: jax.Array, flip: jax.Array) -> jax.Array:
+        image = jax.lax.dynamic_slice(
+            image, (offset[0], offset[1], jnp.int32(0)), (height, width, channels)
+        )
+        return jnp.where(flip, image[:, ::-1], image)
+
+    return jax.vmap(crop_and_flip)(padded, offsets_Bx2, flips_B)
+
+
+def cutout(key: jax.Array, images_BxHxWxC: jax.Array, size: int) -> jax.Array:
+    """Sets a square of `size` pixels a side to 0 in each image (DeVries and Taylor, 2017).
+
+    Its centre is any pixel of the image, so the square may be cut by the border. On normalised
+    images 0 is the mean.
+    """
+    batch, height, width, _ = images_BxHxWxC.shape
+    row_key, column_key = jax.random.split(key)
+
+    def inside(key: jax.Array, side: int) -> jax.Array:
+        start_B = jax.random.randint(key, (batch,), 0, side) - size // 2
+        distance_BxS = jnp.arange(side)[None, :] - start_B[:, None]
+        return (distance_BxS >= 0) & (distance_BxS < size)
+
+    hole_BxHxW = inside(row_key, height)[:, :, None] & inside(column_key, width)[:, None, :]
+    return jnp.where(hole_BxHxW[..., None], 0, images_BxHxWxC)
+
+
+def mixup(
+    key: jax.Array, images: jax.Array, labels_B: jax.Array, num_classes: int, alpha: float
+) -> tuple[jax.Array, jax.Array]:
+    """λ · batch + (1 - λ) · the same batch in a random order (Zhang et al., "mixup", 2018).
+
+    One λ ~ Beta(alpha, alpha) for the whole batch, as in the paper's code. The labels come back as
+    probabilities, float32 [B, num_classes].
+    """
+    beta_key, order_key = jax.random.split(key)
+    share = jax.random.beta(beta_key, alpha, alpha)
+    order_B = jax.random.permutation(order_key, len(labels_B))
+    one_hot_BxN = jax.nn.one_hot(labels_B, num_classes)
+
+    def mix(x: jax.Array) -> jax.Array:
+        return share * x + (1 - share) * x[order_B]
+
+    return mix(images), mix(one_hot_BxN)
