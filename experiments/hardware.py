@@ -18,7 +18,7 @@ import numpy as np
 from experiments import runs
 from experiments.trajectories import Laboratory, Trajectory
 from zerojax import audit
-from zerojax.host import records
+from zerojax.host import manifest, records
 from zerojax.measure import step_audit
 from zerojax.perturb import NONE, Perturbation
 
@@ -32,7 +32,7 @@ def noise_floor(experiment: runs.Experiment) -> tuple[float, list[str]]:
     fields = json.loads(json.dumps(experiment.config.to_dict()))
     here = {
         name: value
-        for name, value in records.environment().items()
+        for name, value in manifest.environment().items()
         if name in ('host', 'device_kind', 'device_count', 'cpu_count', 'versions', 'xla_flags')
     }
     if file.exists():
@@ -49,7 +49,7 @@ def noise_floor(experiment: runs.Experiment) -> tuple[float, list[str]]:
         if name.startswith('gradients/params/')
     )
     found = {'floor': floor, 'verdict': verdict.sentences(), 'config': fields}
-    records.write_json(file, found | records.environment())
+    records.write_json(file, found | manifest.environment())
     return floor, found['verdict']
 
 

@@ -21,7 +21,7 @@ from experiments.trajectories import ONSET, Laboratory, Trajectory
 from zerojax.host import records
 from zerojax.measure import kinks, stability
 from zerojax.perturb import NONE, Perturbation
-from zerojax.run.program import build_optimizer, scalars_of
+from zerojax.run.building import build_optimizer, scalars_of
 from zerojax.step import TrainState, cross_entropy, train_step_function
 from zerojax.step.determinism import jit_in_mode
 

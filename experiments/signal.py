@@ -22,8 +22,8 @@ from experiments import runs
 from zerojax import models
 from zerojax.host import records
 from zerojax.measure import metrics
-from zerojax.run import data
 from zerojax.run.train import resolve
+from zerojax.step.batch import normalize
 from zerojax.step.determinism import jit_in_mode
 
 DEPTH = 28
@@ -76,7 +76,7 @@ def run(experiment: runs.Experiment) -> None:
     dataset = runs.dataset_of(experiment.config)
     config = resolve(experiment.config, dataset)
     mean, std = (np.array(x, np.float32) for x in (config.dataset.mean, config.dataset.std))
-    images = data.normalize(jnp.asarray(dataset.train.images[: config.batch_size]), mean, std)
+    images = normalize(jnp.asarray(dataset.train.images[: config.batch_size]), mean, std)
     measured: dict[str, list[Measured]] = {}
     for network, arguments in NETWORKS.items():
         print(f'-- signal: {network}', flush=True)

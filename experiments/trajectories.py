@@ -20,8 +20,9 @@ from experiments import runs
 from zerojax import config as config_lib
 from zerojax.host import records
 from zerojax.perturb import NONE, Perturbation
+from zerojax.run.building import Source, scalars_of
 from zerojax.run.checks import resolve
-from zerojax.run.program import Programs, Source, scalars_of
+from zerojax.run.program import Programs
 from zerojax.step import TrainState
 from zerojax.step.precision import numbers_of
 from zerojax.sweep import Job, folder_name, sweep

@@ -16,7 +16,6 @@ The verdict is printed; DIR/audit.json (default: runs/audit_NAME) has every tens
 success, whatever the verdict; 1 a process failed; 2 a mistake in flags, config, data or workdir.
 """
 
-import json
 import pathlib
 import subprocess
 import sys
@@ -29,11 +28,14 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from zerojax.host import records
+from zerojax import config as config_lib
+from zerojax.host import manifest, records
 from zerojax.host.errors import RunError, UsageError
 from zerojax.measure import equal_features, noise, step_audit
 from zerojax.run import checks, cli, data
-from zerojax.run.program import Program, Source, compile_inspection, scalars_of, symmetric
+from zerojax.run.building import scalars_of
+from zerojax.run.inspection import compile_inspection, symmetric_state
+from zerojax.run.program import Program
 from zerojax.step import determinism
 from zerojax.step.precision import numbers_of
 
@@ -46,18 +48,13 @@ def prepare_step(config: ConfigDict) -> Program:
     Raises:
         UsageError: config or data are wrong, or the mode cannot be granted here.
     """
-    dataset = data.load(
-        config.dataset.name,
-        config.dataset.data_dir,
-        config.dataset.train_split,
-        config.dataset.eval_split,
-    )
+    dataset = data.load_of(config)
     config = checks.resolve(config, dataset)
     checks.check_backend(config.determinism.mode)
     program = Program(config, dataset)
     params = program.initial_state(scalars_of(config)).params
-    checks.check_layers(config, params)
-    checks.check_initial_weights(config, params, program)
+    checks.check_layers(config, params, program.feature_axes)
+    checks.check_initial_weights(config, params, program.feature_axes, program.orbits)
     config.perturbation.kind = 'none'
     return Program(config, dataset)
 
@@ -66,9 +63,8 @@ def compile_step(program: Program) -> step_audit.CompiledStep:
     """The program's step at symmetric weights, compiled afresh."""
     program = Program(program.config, program.dataset)
     scalars = scalars_of(program.config)
-    state = symmetric(program, program.initial_state(scalars))
-    order = program.epoch_order(state.keys['order'], 0)
-    source = Source(program.examples, order, scalars)
+    state = symmetric_state(program, program.initial_state(scalars))
+    source = program.source(state, scalars, epoch=0)
     with noise.no_compilation_cache():
         return step_audit.CompiledStep(
             program.compile_train_steps(state, source),
@@ -164,7 +160,7 @@ def new_state_shows_kernels(config: ConfigDict) -> bool:
 
 def screen(config: ConfigDict, verdict: step_audit.Verdict) -> list[str]:
     """The verdict as lines of at most 100 columns."""
-    machine, mode = records.environment(), config.determinism.mode
+    machine, mode = manifest.environment(), config.determinism.mode
     versions = machine['versions']
     options = determinism.compiler_options(mode) or 'none'
     lines = [
@@ -214,8 +210,8 @@ def run(argv: list[str]) -> None:
     records.write_json(
         workdir / 'audit.json',
         {
-            **records.environment(),
-            'config': json.loads(json.dumps(config.to_dict())),
+            **manifest.environment(),
+            'config': config_lib.as_json(config),
             'compiler_options': determinism.compiler_options(config.determinism.mode),
             **verdict.record(full=True),
         },

@@ -17,9 +17,12 @@ from ml_collections import ConfigDict, config_dict
 
 from zerojax import models, perturb
 from zerojax.host.errors import UsageError
-from zerojax.run import data
 from zerojax.step import determinism, pruning
 
+DATASETS = (
+    'digits', 'cifar10', 'cifar100', 'fashion_mnist', 'mnist', 'svhn_cropped',
+    'imagenet_resized/32x32',
+)  # fmt: skip
 PARAM_DTYPES = ('float32', 'float64', 'bfloat16')
 
 
@@ -153,7 +156,7 @@ RULES: dict[str, Rule] = {
     'steps_per_call': _COUNT,
     'param_dtype': _one_of(PARAM_DTYPES),
     'mesh.data': _COUNT,
-    'dataset.name': _one_of(data.NAMES),
+    'dataset.name': _one_of(DATASETS),
     'determinism.mode': _one_of(determinism.MODES),
     'perturbation.seed': _SEED,
     'perturbation.at_step': _between(0, INT32),
@@ -315,14 +318,23 @@ def read(file: pathlib.Path) -> ConfigDict:
     return config
 
 
-def build_model(config: ConfigDict, num_classes: int) -> models.Network:
-    """The config's network.
+def as_json(config: ConfigDict) -> dict[str, Any]:
+    """The config as config.json holds it: lists in place of tuples."""
+    fields: dict[str, Any] = json.loads(json.dumps(config.to_dict()))
+    return fields
+
+
+def build_model(
+    config: ConfigDict, num_classes: int, *, dropout: float | None = None
+) -> models.Network:
+    """The config's network, with another rate of dropout if one is given.
 
     Raises:
         UsageError: names the field of `config.model` that is wrong.
     """
     try:
-        return models.create(**config.model, num_classes=num_classes)
+        fields = dict(config.model) | ({} if dropout is None else {'dropout': dropout})
+        return models.create(**fields, num_classes=num_classes)
     except ValueError as error:
         raise UsageError(f'model.{error}') from error
 

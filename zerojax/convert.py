@@ -26,22 +26,18 @@ import jax.numpy as jnp
 from zerojax import config as config_lib
 from zerojax import interop, models
 from zerojax.host import torch_checkpoint
-from zerojax.host.checkpoint import Checkpoints
+from zerojax.host.checkpoint import Checkpoints, has_checkpoint
 from zerojax.host.errors import UsageError
 from zerojax.host.workdir import Workdir
 from zerojax.run import checks, cli, data
-from zerojax.run.program import new_state, scalars_of
+from zerojax.run.building import new_state, scalars_of
+from zerojax.step import jit_in_mode
 
 
 def from_torch(file: pathlib.Path, argv: list[str]) -> None:
     """The first command; `argv` are the program's name and the flags of `zerojax.main`."""
     config, workdir = cli.parse_flags(argv)
-    dataset = data.load(
-        config.dataset.name,
-        config.dataset.data_dir,
-        config.dataset.train_split,
-        config.dataset.eval_split,
-    )
+    dataset = data.load_of(config)
     config = checks.resolve(config, dataset)
     model = config_lib.build_model(config, dataset.num_classes)
     arrays = torch_checkpoint.read(file)
@@ -54,8 +50,9 @@ def from_torch(file: pathlib.Path, argv: list[str]) -> None:
     if any((workdir / name).exists() for name in remains):
         raise UsageError(f'--workdir={workdir}: holds a run already; name another folder')
     checks.check_backend(config.determinism.mode)
-    state = jax.jit(functools.partial(new_state, config, dataset))(scalars_of(config))
-    checks.check_layers(config, state.params)
+    new = functools.partial(new_state, config, model, dataset.image_shape)
+    state = jit_in_mode(new, config.determinism.mode)(scalars_of(config))
+    checks.check_layers(config, state.params, model.feature_axes()['params'])
     try:
         variables = interop.from_reference(arrays, model)
     except ValueError as error:
@@ -63,7 +60,7 @@ def from_torch(file: pathlib.Path, argv: list[str]) -> None:
     _check_shapes(file, variables['params'], state.params)
     variables = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), variables)
     with (
-        Workdir(workdir, json.loads(json.dumps(config.to_dict()))),
+        Workdir(workdir, config_lib.as_json(config)),
         Checkpoints(workdir / 'checkpoints', config.keep_checkpoints_at) as checkpoints,
     ):
         checkpoints.save(dataclasses.replace(state, **variables), seconds=0.0)
@@ -86,7 +83,7 @@ def to_torch(file: pathlib.Path, argv: list[str]) -> None:
     if len(argv) != 2 or not argv[1].startswith('--workdir='):
         raise UsageError('command line: to-torch FILE.pth.tar --workdir=DIR')
     workdir = pathlib.Path(argv[1].removeprefix('--workdir='))
-    if not checks.has_checkpoint(workdir):
+    if not has_checkpoint(workdir):
         raise UsageError(f'--workdir={workdir}: holds no checkpoint')
     with Checkpoints(workdir / 'checkpoints', read_only=True) as checkpoints:
         step = checkpoints.steps[-1]

@@ -41,12 +41,14 @@ from ml_collections import ConfigDict
 
 from zerojax import config as config_lib
 from zerojax.host import distributed, records
+from zerojax.host.checkpoint import checkpoint_steps
 from zerojax.host.errors import RunError, UsageError
 from zerojax.host.progress import Progress
 from zerojax.host.stop import exit_on_signals
 from zerojax.run import cli
-from zerojax.run.checks import check_structure, checkpoint_steps, resolve
-from zerojax.run.program import Programs, Source, scalars_of, structure
+from zerojax.run.building import scalars_of, structure
+from zerojax.run.checks import check_structure, resolve
+from zerojax.run.program import Programs
 from zerojax.run.train import claim, train, train_runs
 from zerojax.step.precision import numbers_of
 
@@ -226,7 +228,7 @@ def seconds_a_call(config: ConfigDict, runs: int, programs: Programs) -> float:
         program = programs.program(config, programs.dataset(config), batched)
         scalars = program.place_scalars([scalars_of(config)] * runs)
         state = program.initial_state(scalars)
-        source = Source(program.examples, program.epoch_order(state.keys['order'], 0), scalars)
+        source = program.source(state, scalars, epoch=0)
         train_steps = program.compile_train_steps(state, source)
         count = np.int32(min(config.steps_per_call, config.num_steps))
         times = []

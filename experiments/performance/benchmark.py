@@ -169,8 +169,9 @@ class Stepper:
     def __init__(self, config: Any, dataset: Any, runs: int | None = None) -> None:
         import numpy as np
 
+        from zerojax.run.building import Source, scalars_of
         from zerojax.run.checks import resolve
-        from zerojax.run.program import Program, Source, scalars_of
+        from zerojax.run.program import Program
 
         config = resolve(config, dataset)
         self.program = Program(config, dataset, runs)

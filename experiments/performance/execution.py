@@ -21,7 +21,8 @@ import optax
 from zerojax import models, step
 from zerojax.models import layers
 from zerojax.run import checks, data
-from zerojax.run.program import Program, scalars_of
+from zerojax.run.building import scalars_of
+from zerojax.run.program import Program
 
 STEPS = 22
 REPETITIONS = 5

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from zerojax.config import DATASETS
 from zerojax.host.errors import UsageError
 from zerojax.run import data
 
@@ -90,7 +91,7 @@ def prepared(tmp_path_factory) -> pathlib.Path:
     """A real TFDS directory with sets of 40 + 20 random images, made without TensorFlow."""
     root = tmp_path_factory.mktemp('tfds')
     script = pathlib.Path(__file__).parent / 'make_tiny_tfds.py'
-    names = [name for name in data.TFDS_NAMES if name != 'fashion_mnist']  # as mnist
+    names = [name for name in DATASETS if name not in ('digits', 'fashion_mnist')]  # as mnist
     command = [sys.executable, str(script), str(root), *names]
     subprocess.run(command, check=True, capture_output=True)
     return root

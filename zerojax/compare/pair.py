@@ -27,6 +27,7 @@ from zerojax.host.records import Record
 from zerojax.models import Network
 from zerojax.run import data
 from zerojax.step import determinism
+from zerojax.step.batch import normalize
 from zerojax.symmetry import alignment
 
 POINTS = [i / 10 for i in range(11)]  # on the straight line between two networks
@@ -42,7 +43,7 @@ def statistics_function(model: Network, mode: str) -> Any:
     """Jitted, of the same arguments: what `interpolation.batch_statistics` returns."""
     return determinism.jit_in_mode(
         lambda variables, images, mean, std: interpolation.batch_statistics(
-            model, variables, data.normalize(images, mean, std)
+            model, variables, normalize(images, mean, std)
         ),
         mode,
     )
@@ -56,7 +57,7 @@ def grams_function(model: Network, mode: str) -> Any:
     def grams(variables: Variables, images: Any, mean: Any, std: Any) -> dict[str, jax.Array]:
         _, captured = model.apply(
             variables,
-            data.normalize(images, mean, std),
+            normalize(images, mean, std),
             train=False,
             capture_intermediates=lambda module, _: '/'.join(module.path) in layers,
             mutable=['intermediates'],

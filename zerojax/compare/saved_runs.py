@@ -13,13 +13,13 @@ import scipy.special
 from ml_collections import ConfigDict
 
 from zerojax import config as config_lib
-from zerojax.host.checkpoint import Checkpoints
+from zerojax.host.checkpoint import Checkpoints, has_checkpoint
 from zerojax.host.errors import UsageError
 from zerojax.host.records import Record
 from zerojax.models import Network
 from zerojax.run import data
-from zerojax.run.checks import has_checkpoint
 from zerojax.step import determinism
+from zerojax.step.batch import normalize
 
 Tree = Any
 Variables = dict[str, Tree]
@@ -143,7 +143,7 @@ def logits_function(model: Network, mode: str) -> Any:
     """Jitted (variables, images uint8 [B, H, W, C], mean [C], std [C]) -> logits [B, N]."""
     return determinism.jit_in_mode(
         lambda variables, images, mean, std: model.apply(
-            variables, data.normalize(images, mean, std), train=False
+            variables, normalize(images, mean, std), train=False
         ),
         mode,
     )

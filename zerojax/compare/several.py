@@ -8,7 +8,8 @@ import numpy as np
 from zerojax.compare import ensemble
 from zerojax.compare.pair import compare_pair, differing_fields, finite, same_network
 from zerojax.compare.saved_runs import Predictions, Run, load_dataset, predict, read_run
-from zerojax.host.records import Record, params_sha256
+from zerojax.host.hashes import params_sha256
+from zerojax.host.records import Record
 from zerojax.run.data import Dataset
 from zerojax.step.precision import numbers_of
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import hashlib
 import pathlib
 import re
 import shutil
@@ -15,21 +14,41 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from zerojax.host import distributed, objectstore
-from zerojax.host.errors import RunError
+from zerojax.host.errors import RunError, UsageError
+from zerojax.host.hashes import tree_sha256
 from zerojax.step import TrainState
 
 KEEP = 3  # newest checkpoints that are kept
 COMMITTED = 'commit_success.txt'  # in a checkpoint on object storage that is complete
 
 
-def tree_sha256(tree: Any) -> str:
-    """Over the bytes of all arrays of a tree, in the order of its leaves."""
-    digest = hashlib.sha256()
-    for x in jax.tree.leaves(tree):
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            x = jax.random.key_data(x)
-        digest.update(np.ascontiguousarray(jax.device_get(x)).tobytes())
-    return digest.hexdigest()
+def checkpoint_steps(workdir: pathlib.Path) -> list[int]:
+    """Steps of the checkpoints of the run in `workdir`, without reading them.
+
+    Raises:
+        UsageError: the folder cannot be read.
+    """
+    folder = workdir / 'checkpoints'
+    try:
+        if not folder.is_dir():
+            return []
+        return sorted(
+            int(x.name)
+            for x in folder.iterdir()
+            if x.name.isdigit()
+            and x.is_dir()
+            and (not objectstore.in_store(x) or (x / COMMITTED).exists())
+        )
+    except OSError as error:
+        reason = error.strerror or objectstore.one_line(error)
+        raise UsageError(
+            f'--workdir={workdir}: cannot be read ({reason}); name another folder'
+        ) from error
+
+
+def has_checkpoint(workdir: pathlib.Path) -> bool:
+    """Whether a run can be resumed there."""
+    return bool(checkpoint_steps(workdir))
 
 
 def move_aside(directory: pathlib.Path, step: int) -> pathlib.Path:

@@ -1,12 +1,11 @@
 """Figures of one run."""
 
 import io
-import os
 import pathlib
 from typing import Any
 
 from zerojax.host import objectstore
-from zerojax.host.records import Record
+from zerojax.host.records import Record, replace_file
 
 
 def draw_run(lines: list[Record], broken_at_step: int | None, path: pathlib.Path) -> None:
@@ -55,12 +54,8 @@ def draw_run(lines: list[Record], broken_at_step: int | None, path: pathlib.Path
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8, frameon=False)
         axes.grid(alpha=0.3)
-    if objectstore.in_store(path):
-        content = io.BytesIO()
-        figure.savefig(content, format='png', dpi=120)
-        path.write_bytes(content.getvalue())
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + '.tmp')
-    figure.savefig(beside, format='png', dpi=120)
-    os.replace(beside, path)
+    content = io.BytesIO()
+    figure.savefig(content, format='png', dpi=120)
+    if not objectstore.in_store(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, content.getvalue())

@@ -1,30 +1,29 @@
 """What can be wrong with a run is found here, before anything is written."""
 
 import functools
-import pathlib
+import os
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from zerojax import config as config_lib
 from zerojax import perturb, symmetry
-from zerojax.host import objectstore
-from zerojax.host.checkpoint import COMMITTED, Checkpoints
 from zerojax.host.errors import UsageError
-from zerojax.run import data
-from zerojax.run.program import Program, check_memory, new_state, scalars_of
-from zerojax.step import TrainState, determinism, pruning
+from zerojax.run.building import Scalars, new_state, scalars_of
+from zerojax.run.data import Dataset, channel_statistics
+from zerojax.step import TrainState, determinism
+from zerojax.step.batch import PAD
 from zerojax.step.precision import numbers_of
 
-Ticket = dict[str, Any]
+Tree = Any
 
 
-def resolve(config: ConfigDict, dataset: data.Dataset) -> ConfigDict:
+def resolve(config: ConfigDict, dataset: Dataset) -> ConfigDict:
     """A copy of the config with everything that depends on the data filled in.
 
     Raises:
@@ -36,10 +35,10 @@ def resolve(config: ConfigDict, dataset: data.Dataset) -> ConfigDict:
             f'batch_size={config.batch_size}: must be at most {num_examples}, '
             'the number of training examples'
         )
-    if config.dataset.augment and min(height, width) <= data.PAD:
+    if config.dataset.augment and min(height, width) <= PAD:
         raise UsageError(
             f'dataset.augment=True: images of {height}x{width} are too small to be padded by '
-            f'{data.PAD}; must be False'
+            f'{PAD}; must be False'
         )
     if config.dataset.cutout > min(height, width):
         raise UsageError(
@@ -66,7 +65,7 @@ def resolve(config: ConfigDict, dataset: data.Dataset) -> ConfigDict:
             f'num_steps={resolved.num_steps}'
         )
     if len(config.dataset.mean) == 0:
-        mean, std = data.channel_statistics(dataset.train.images)
+        mean, std = channel_statistics(dataset.train.images)
         resolved.dataset.mean = tuple(float(x) for x in mean)
         resolved.dataset.std = tuple(float(x) for x in std)
     elif len(config.dataset.mean) != channels:
@@ -85,7 +84,7 @@ def check_backend(mode: str) -> None:
         raise UsageError(f'determinism.{error}') from error
 
 
-def check_structure(config: ConfigDict, dataset: data.Dataset) -> None:
+def check_structure(config: ConfigDict, dataset: Dataset) -> None:
     """Checks a resolved config without compiling anything, so that no other run is trained first.
 
     Raises:
@@ -93,12 +92,13 @@ def check_structure(config: ConfigDict, dataset: data.Dataset) -> None:
     """
     check_backend(config.determinism.mode)
     with numbers_of(config.param_dtype):
-        check_memory(config, dataset)
-        new = functools.partial(new_state, config, dataset)
-        check_layers(config, jax.eval_shape(new, scalars_of(config)).params)
+        model = config_lib.build_model(config, dataset.num_classes)
+        new = functools.partial(new_state, config, model, dataset.image_shape)
+        state = check_memory(config, new)
+        check_layers(config, state.params, model.feature_axes()['params'])
 
 
-def check_layers(config: ConfigDict, params: Any) -> None:
+def check_layers(config: ConfigDict, params: Tree, feature_axes: Tree) -> None:
     """Checks what is chosen by step or by layer: perturbation, freezing, pruning.
 
     Raises:
@@ -117,8 +117,7 @@ def check_layers(config: ConfigDict, params: Any) -> None:
     if config.pruning.source:
         patterns['pruning.layers'] = config.pruning.layers
     if config.perturbation.kind in perturb.OUTPUT_KINDS:
-        axes = config_lib.build_model(config, num_classes=1).feature_axes()['params']
-        kernels = perturb.output_layers(axes).values()
+        kernels = perturb.output_layers(feature_axes).values()
         if not any(re.match(config.perturbation.layers, path) for path in kernels):
             raise UsageError(
                 f'perturbation.layers={config.perturbation.layers!r}: matches no layer with output '
@@ -132,7 +131,9 @@ def check_layers(config: ConfigDict, params: Any) -> None:
             )
 
 
-def check_initial_weights(config: ConfigDict, params: Any, program: Program) -> None:
+def check_initial_weights(
+    config: ConfigDict, params: Tree, feature_axes: Tree, orbits: symmetry.Orbits | None
+) -> None:
     """Checks what depends on the weights that the run starts with.
 
     Raises:
@@ -144,9 +145,7 @@ def check_initial_weights(config: ConfigDict, params: Any, program: Program) -> 
     scales_weights = scales_weights and p.at_step == 0 and not p.every
     if not (config.symmetry.project or scales_weights):
         return
-    if config.symmetry.project and not symmetry.is_symmetric(
-        params, program.feature_axes, program.orbits
-    ):
+    if config.symmetry.project and not symmetry.is_symmetric(params, feature_axes, orbits):
         raise UsageError(
             f'symmetry.project=True: {config.model.name} with init {config.model.init!r} does not '
             'start with equal features; must be False'
@@ -160,71 +159,30 @@ def check_initial_weights(config: ConfigDict, params: Any, program: Program) -> 
         )
 
 
-def checkpoint_steps(workdir: pathlib.Path) -> list[int]:
-    """Steps of the checkpoints of the run in `workdir`, without reading them.
+def check_memory(config: ConfigDict, new: Callable[[Scalars], TrainState]) -> TrainState:
+    """Checks that a run's weights, their gradient and the optimizer's state fit into memory.
+
+    Activations come on top; what they need is known only to the compiler. `new` is the config's
+    `new_state`; what it would return comes back, with shapes in place of arrays.
 
     Raises:
-        UsageError: the folder cannot be read.
+        UsageError: they do not.
     """
-    folder = workdir / 'checkpoints'
-    try:
-        if not folder.is_dir():
-            return []
-        return sorted(
-            int(x.name)
-            for x in folder.iterdir()
-            if x.name.isdigit()
-            and x.is_dir()
-            and (not objectstore.in_store(x) or (x / COMMITTED).exists())
-        )
-    except OSError as error:
-        reason = error.strerror or objectstore.one_line(error)
+    state = jax.eval_shape(new, scalars_of(config))
+    arrays = jax.tree.leaves((state.params, state.params, state.opt_state, state.batch_stats))
+    needed = sum(x.size * x.dtype.itemsize for x in arrays)
+    there = device_memory()
+    if needed > there:
+        count = sum(x.size for x in jax.tree.leaves(state.params))
         raise UsageError(
-            f'--workdir={workdir}: cannot be read ({reason}); name another folder'
-        ) from error
+            f'model.width={config.model.width}, model.depth={config.model.depth}: {count:,} '
+            f'weights with gradient and optimizer need {needed / 2**30:,.1f} GiB of memory; '
+            f'must be at most {there / 2**30:,.1f}, what there is'
+        )
+    return state
 
 
-def has_checkpoint(workdir: pathlib.Path) -> bool:
-    """Whether a run can be resumed there."""
-    return bool(checkpoint_steps(workdir))
-
-
-def load_ticket(config: ConfigDict, shapes: TrainState) -> Ticket | None:
-    """The lottery ticket {'params', 'batch_stats', 'mask'} to start from; None without pruning.
-
-    The mask comes from the final weights of the run in `config.pruning.source`, the weights from
-    its checkpoint of `config.pruning.rewind_step`.
-
-    Raises:
-        UsageError: the source has not finished, is of another network, or lacks the checkpoint.
-    """
-    settings = config.pruning
-    if not settings.source:
-        return None
-    where = f'pruning.source={settings.source!r}'
-    source = pathlib.Path(settings.source)
-    if not ((source / 'summary.json').exists() and has_checkpoint(source)):
-        raise UsageError(f'{where}: holds no finished run')
-    with Checkpoints(source / 'checkpoints', read_only=True) as checkpoints:
-        steps = checkpoints.steps
-        if settings.rewind_step not in steps:
-            raise UsageError(
-                f'pruning.rewind_step={settings.rewind_step}: {where} keeps checkpoints of the '
-                f'steps {steps}; run it with keep_checkpoints_at=({settings.rewind_step},)'
-            )
-        trained = checkpoints.read_variables(steps[-1])['params']
-        start = checkpoints.read_variables(settings.rewind_step)
-    for name, ours in (('params', shapes.params), ('batch_stats', shapes.batch_stats)):
-        theirs = jax.tree.map(lambda x: (x.shape, x.dtype), start[name])
-        if theirs != jax.tree.map(lambda x: (x.shape, x.dtype), ours):
-            raise UsageError(f'{where}: holds a run of another network than model.* describes')
-    if settings.mask == 'magnitude':
-        mask = pruning.magnitude_mask(trained, settings.fraction, settings.layers)
-    else:
-        key = jax.random.key(settings.seed)
-        mask = pruning.random_mask(trained, settings.fraction, key, settings.layers)
-    return {
-        'params': jax.tree.map(np.multiply, start['params'], jax.device_get(mask)),
-        'batch_stats': start['batch_stats'],
-        'mask': mask,
-    }
+def device_memory() -> int:
+    """Bytes of memory that a device has; for CPUs, that the machine has."""
+    stats = jax.local_devices()[0].memory_stats() or {}  # CPUs have none
+    return stats.get('bytes_limit') or os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')

@@ -1,7 +1,6 @@
-"""Image sets, the order of examples, and augmentation inside jit.
+"""Image sets, loaded into host memory.
 
-A set is held whole, as bytes, on the device; every batch is cut out and augmented there. Shapes
-are written as suffixes: B batch, H and W space, C channels, N examples.
+Shapes are written as suffixes: B batch, H and W space, C channels, N examples.
 """
 
 import dataclasses
@@ -15,18 +14,11 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
+from zerojax.config import DATASETS
 from zerojax.host.errors import UsageError
-
-TFDS_NAMES = (
-    'cifar10', 'cifar100', 'fashion_mnist', 'mnist', 'svhn_cropped', 'imagenet_resized/32x32',
-)  # fmt: skip
-NAMES = ('digits', *TFDS_NAMES)
-
-PAD = 4  # pixels that the random crop may shift an image by, as in the paper
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +43,12 @@ class Dataset:
     eval: Split
     num_classes: int
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of each image."""
+        _, height, width, channels = self.train.images.shape
+        return height, width, channels
+
 
 def load(name: str, data_dir: str | None, train_split: str, eval_split: str) -> Dataset:
     """Loads an image set into host memory.
@@ -68,9 +66,9 @@ def load(name: str, data_dir: str | None, train_split: str, eval_split: str) -> 
     """
     if name == 'digits':
         return _load_digits(train_split, eval_split)
-    if name in TFDS_NAMES:
+    if name in DATASETS:
         return _load_tfds(name, data_dir, train_split, eval_split)
-    raise UsageError(f'dataset.name={name!r}: must be one of {", ".join(NAMES)}')
+    raise UsageError(f'dataset.name={name!r}: must be one of {", ".join(DATASETS)}')
 
 
 def _load_digits(train_split: str, eval_split: str) -> Dataset:
@@ -290,74 +288,12 @@ def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return pixels.mean(0, np.float64).astype('f4'), pixels.std(0, np.float64).astype('f4')
 
 
-def normalize(images_BxHxWxC: jax.Array, mean_C: np.ndarray, std_C: np.ndarray) -> jax.Array:
-    """(uint8 images - mean) / std as float32; mean and std in units of 0 to 255."""
-    return (images_BxHxWxC.astype(jnp.float32) - mean_C[None, None, None]) / std_C[None, None, None]
+def normalization(config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each channel, float32 [C], as a resolved config has them."""
+    return np.array(config.dataset.mean, np.float32), np.array(config.dataset.std, np.float32)
 
 
-def epoch_order(key: jax.Array, epoch: jax.Array, num_examples: int) -> jax.Array:
-    """The order of examples in an epoch, a permutation int32 [N] that depends on nothing else."""
-    return jax.random.permutation(jax.random.fold_in(key, epoch), num_examples)
-
-
-def batch_indices(order_N: jax.Array, step: jax.Array, batch_size: int) -> jax.Array:
-    """Indices of the examples of update `step` (from 0) in its epoch's order, int32 [B].
-
-    An epoch has N // B steps; the N % B examples at the end of its order are not used in it.
-    """
-    position = step % (len(order_N) // batch_size)
-    return jax.lax.dynamic_slice_in_dim(order_N, position * batch_size, batch_size)
-
-
-def augment(key: jax.Array, images_BxHxWxC: jax.Array) -> jax.Array:
-    """Reflect-pads by 4 pixels, crops at random to the old size, mirrors half of the images."""
-    batch, height, width, channels = images_BxHxWxC.shape
-    crop_key, flip_key = jax.random.split(key)
-    offsets_Bx2 = jax.random.randint(crop_key, (batch, 2), 0, 2 * PAD + 1)
-    flips_B = jax.random.bernoulli(flip_key, shape=(batch,))
-    padded = jnp.pad(images_BxHxWxC, ((0, 0), (PAD, PAD), (PAD, PAD), (0, 0)), mode='reflect')
-
-    def crop_and_flip(image: jax.Array, offset: jax.Array, flip: jax.Array) -> jax.Array:
-        image = jax.lax.dynamic_slice(
-            image, (offset[0], offset[1], jnp.int32(0)), (height, width, channels)
-        )
-        return jnp.where(flip, image[:, ::-1], image)
-
-    return jax.vmap(crop_and_flip)(padded, offsets_Bx2, flips_B)
-
-
-def cutout(key: jax.Array, images_BxHxWxC: jax.Array, size: int) -> jax.Array:
-    """Sets a square of `size` pixels a side to 0 in each image (DeVries and Taylor, 2017).
-
-    Its centre is any pixel of the image, so the square may be cut by the border. On normalised
-    images 0 is the mean.
-    """
-    batch, height, width, _ = images_BxHxWxC.shape
-    row_key, column_key = jax.random.split(key)
-
-    def inside(key: jax.Array, side: int) -> jax.Array:
-        start_B = jax.random.randint(key, (batch,), 0, side) - size // 2
-        distance_BxS = jnp.arange(side)[None, :] - start_B[:, None]
-        return (distance_BxS >= 0) & (distance_BxS < size)
-
-    hole_BxHxW = inside(row_key, height)[:, :, None] & inside(column_key, width)[:, None, :]
-    return jnp.where(hole_BxHxW[..., None], 0, images_BxHxWxC)
-
-
-def mixup(
-    key: jax.Array, images: jax.Array, labels_B: jax.Array, num_classes: int, alpha: float
-) -> tuple[jax.Array, jax.Array]:
-    """λ · batch + (1 - λ) · the same batch in a random order (Zhang et al., "mixup", 2018).
-
-    One λ ~ Beta(alpha, alpha) for the whole batch, as in the paper's code. The labels come back as
-    probabilities, float32 [B, num_classes].
-    """
-    beta_key, order_key = jax.random.split(key)
-    share = jax.random.beta(beta_key, alpha, alpha)
-    order_B = jax.random.permutation(order_key, len(labels_B))
-    one_hot_BxN = jax.nn.one_hot(labels_B, num_classes)
-
-    def mix(x: jax.Array) -> jax.Array:
-        return share * x + (1 - share) * x[order_B]
-
-    return mix(images), mix(one_hot_BxN)
+def load_of(config: ConfigDict) -> Dataset:
+    """The config's data, as `load`."""
+    s = config.dataset
+    return load(s.name, s.data_dir, s.train_split, s.eval_split)

@@ -17,8 +17,9 @@ from zerojax.host import distributed
 from zerojax.host.records import Record
 from zerojax.measure import metrics
 from zerojax.models import Network
-from zerojax.run import data
-from zerojax.step import TrainState, cross_entropy, determinism, eval_step_function
+from zerojax.run.data import Dataset, normalization
+from zerojax.step import TrainState, cross_entropy, eval_step_function, jit_in_mode
+from zerojax.step.batch import normalize
 
 EVAL_BATCH_SIZE = 500
 
@@ -31,17 +32,15 @@ def one_run(function: Any, in_axes: Any = 0) -> Any:
 
 def make_evaluation(
     config: ConfigDict,
-    dataset: data.Dataset,
+    dataset: Dataset,
     model: Network,
     for_all_runs: Any = one_run,
     batch_sharding: jax.sharding.NamedSharding | None = None,
 ) -> Callable[[TrainState], dict[str, Any]]:
     """A function state -> {'loss', 'accuracy'}, means over the whole held-out set."""
-    mean, std = (np.array(x, np.float32) for x in (config.dataset.mean, config.dataset.std))
-    eval_step = eval_step_function(model, lambda images: data.normalize(images, mean, std))
-    eval_step = determinism.jit_in_mode(
-        for_all_runs(eval_step, (0, None, None)), config.determinism.mode
-    )
+    mean, std = normalization(config)
+    eval_step = eval_step_function(model, lambda images: normalize(images, mean, std))
+    eval_step = jit_in_mode(for_all_runs(eval_step, (0, None, None)), config.determinism.mode)
     split = dataset.eval
     size = min(EVAL_BATCH_SIZE, len(split.labels))
     size += -size % config.mesh.data
@@ -67,7 +66,7 @@ def make_evaluation(
 
 def make_layer_measurement(
     config: ConfigDict,
-    dataset: data.Dataset,
+    dataset: Dataset,
     for_all_runs: Any = one_run,
     batch_sharding: jax.sharding.NamedSharding | None = None,
 ) -> Callable[[TrainState], Any]:
@@ -76,10 +75,8 @@ def make_layer_measurement(
     Activations and gradients are those of the mean loss over the first batch_size training images,
     neither shuffled nor augmented, normalised by that batch and without dropout.
     """
-    undropped = ConfigDict(config.to_dict())
-    undropped.model.dropout = 0.0
-    model = config_lib.build_model(undropped, dataset.num_classes)
-    mean, std = (np.array(x, np.float32) for x in (config.dataset.mean, config.dataset.std))
+    model = config_lib.build_model(config, dataset.num_classes, dropout=0.0)
+    mean, std = normalization(config)
     split = dataset.train
     images = jax.device_put(split.images[: config.batch_size], batch_sharding)
     labels = jax.device_put(split.labels[: config.batch_size], batch_sharding)
@@ -90,7 +87,7 @@ def make_layer_measurement(
         def loss() -> jax.Array:
             logits, _ = model.apply(
                 {'params': params, 'batch_stats': batch_stats},
-                data.normalize(images, mean, std),
+                normalize(images, mean, std),
                 train=True,
                 mutable=['batch_stats'],
             )
@@ -99,9 +96,7 @@ def make_layer_measurement(
         outputs = metrics.layer_outputs(loss, model.layers())
         return metrics.of_kernels(params) | metrics.of_layer_outputs(*outputs)
 
-    measure = determinism.jit_in_mode(
-        for_all_runs(measure, (0, 0, None, None)), config.determinism.mode
-    )
+    measure = jit_in_mode(for_all_runs(measure, (0, 0, None, None)), config.determinism.mode)
 
     def measure_layers(state: TrainState) -> Any:
         return distributed.fetch(measure(state.params, state.batch_stats, images, labels))

@@ -8,83 +8,41 @@ bits are those of that program.
 
 import dataclasses
 import functools
-import json
-import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from zerojax import config as config_lib
 from zerojax import symmetry
 from zerojax.host import distributed
-from zerojax.host.errors import UsageError
-from zerojax.measure import step_audit
 from zerojax.run import data
+from zerojax.run.building import (
+    Scalars,
+    Source,
+    build_mesh,
+    build_optimizer,
+    build_orbits,
+    make_batch_function,
+    new_state,
+    structure,
+)
+from zerojax.run.checks import check_memory
 from zerojax.run.evaluate import make_evaluation, make_layer_measurement
 from zerojax.step import (
     Batch,
     Metrics,
     TrainState,
-    create_state,
-    determinism,
+    batch,
+    jit_in_mode,
     make_train_steps,
-    optimizer,
     train_step_function,
 )
-
-# Fields that a compiled program takes as arguments. Not perturbation.at_step: where it differs
-# between batched runs, all of them would draw the noise at every step.
-SCALARS = (
-    'seed',
-    'perturbation.seed',
-    'perturbation.scale',
-    'optimizer.learning_rate',
-    'optimizer.momentum',
-    'optimizer.weight_decay',
-)
-
-Scalars = dict[str, Any]
-
-
-class Source(NamedTuple):
-    """What the train steps of an epoch read.
-
-    Attributes:
-        examples: the training set, {'image': uint8 [N, H, W, C], 'label': int32 [N]}.
-        order: that of the epoch, int32 [N]; of batched runs [R, N].
-        scalars: the runs' `SCALARS`, each []; of batched runs [R].
-    """
-
-    examples: Batch
-    order: jax.Array
-    scalars: Scalars
-
-
-def scalars_of(config: ConfigDict) -> Scalars:
-    """The config's `SCALARS`: int32 [], and floats [] of float32, or float64 where JAX has it."""
-    flat = flatten_dict(config.to_dict(), sep='.')
-    float_dtype = jax.dtypes.canonicalize_dtype(np.float64)
-    return {
-        field: np.asarray(flat[field], np.int32 if isinstance(flat[field], int) else float_dtype)
-        for field in SCALARS
-    }
-
-
-def structure(config: ConfigDict) -> str:
-    """All other fields of a resolved config: runs for which it is equal share a program.
-
-    Which weights are pruned is no matter of the program, only whether any are.
-    """
-    flat = flatten_dict(config.to_dict(), sep='.')
-    rest = {k: v for k, v in flat.items() if k not in SCALARS and not k.startswith('pruning.')}
-    return json.dumps(rest | {'pruning': bool(config.pruning.source)}, sort_keys=True)
 
 
 class Program:
@@ -111,15 +69,16 @@ class Program:
         self.config = config
         self.dataset = dataset
         self.runs = runs
-        check_memory(config, dataset)
         self.model = config_lib.build_model(config, dataset.num_classes)
+        self._new_state = functools.partial(new_state, config, self.model, dataset.image_shape)
+        check_memory(config, self._new_state)
         self.feature_axes = self.model.feature_axes()['params']
-        self.orbits = build_orbits(config, dataset)
+        self.orbits = build_orbits(self.model, dataset.image_shape)
         self.mesh = build_mesh(config, runs)
         self._for_each_run = None if self.mesh is None else NamedSharding(self.mesh, P('run'))
         self.everywhere = None if self.mesh is None else NamedSharding(self.mesh, P())
         self.make_batch = make_batch_function(config, dataset.num_classes, self.mesh)
-        self._jit = functools.partial(determinism.jit_in_mode, mode=config.determinism.mode)
+        self._jit = functools.partial(jit_in_mode, mode=config.determinism.mode)
         self._executable: Any = None
 
     @functools.cached_property
@@ -131,9 +90,8 @@ class Program:
     @functools.cached_property
     def initial_state(self) -> Callable[[Scalars], TrainState]:
         """Jitted scalars -> state before the first step."""
-        new = functools.partial(new_state, self.config, self.dataset)
         return self._jit(
-            self._for_all_runs(new, out_axes=self._state_axes()),
+            self._for_all_runs(self._new_state, out_axes=self._state_axes()),
             out_shardings=self._state_shardings(),
         )
 
@@ -141,7 +99,7 @@ class Program:
     def epoch_order(self) -> Callable[[jax.Array, int], jax.Array]:
         """Jitted (keys of the purpose 'order', epoch) -> the order of examples in the epoch."""
         num_examples = len(self.dataset.train.labels)
-        order = functools.partial(data.epoch_order, num_examples=num_examples)
+        order = functools.partial(batch.epoch_order, num_examples=num_examples)
         return self._jit(
             self._for_all_runs(order, in_axes=(0, None)), out_shardings=self._run_sharding()
         )
@@ -197,6 +155,10 @@ class Program:
             )
         )
 
+    def source(self, state: TrainState, scalars: Scalars, epoch: int) -> Source:
+        """What the train steps of an epoch (from 0) read, on the device."""
+        return Source(self.examples, self.epoch_order(state.keys['order'], epoch), scalars)
+
     def compile_train_steps(self, state: TrainState, source: Source) -> Any:
         """`train_steps` as an executable for arguments of these shapes, compiled once."""
         if self._executable is None:
@@ -210,6 +172,10 @@ class Program:
             for each in self.split(distributed.fetch(params))
         ]
         return jax.tree.map(lambda *x: np.stack(x), *counts) if self.runs else counts[0]
+
+    def place(self, x: Any) -> Any:
+        """The array on the device, or a copy of it on each."""
+        return jax.device_put(x, self.everywhere)
 
     def place_scalars(self, scalars: list[Scalars]) -> Scalars:
         """The scalars of all runs, on the device."""
@@ -254,10 +220,13 @@ class Program:
 
         return jax.jit(take, out_shardings=self.everywhere)
 
-    def _state_axes(self) -> Any:
+    def _of_state(self, each: Any, step: Any) -> Any:
         # All runs are at the same step, so what is due at a step is decided once, not per run.
-        axes: dict[str, Any] = {field.name: 0 for field in dataclasses.fields(TrainState)}
-        return TrainState(**(axes | {'step': None}))
+        fields: dict[str, Any] = {field.name: each for field in dataclasses.fields(TrainState)}
+        return TrainState(**(fields | {'step': step}))
+
+    def _state_axes(self) -> Any:
+        return self._of_state(0, step=None)
 
     def _for_all_runs(self, function: Any, in_axes: Any = 0, out_axes: Any = 0) -> Any:
         if self.runs is None:
@@ -269,11 +238,9 @@ class Program:
         return self.everywhere if self.runs is None else self._for_each_run
 
     def _state_shardings(self) -> Any:
-        if self.runs is None:
+        if self.runs is None or self.mesh is None:
             return self.everywhere
-        shardings = dict.fromkeys(field.name for field in dataclasses.fields(TrainState))
-        shardings = dict.fromkeys(shardings, self._for_each_run) | {'step': self.everywhere}
-        return TrainState(**shardings) if self.mesh is not None else None
+        return self._of_state(self._for_each_run, step=self.everywhere)
 
     def _batch_sharding(self) -> Any:
         return None if self.mesh is None else NamedSharding(self.mesh, P('data'))
@@ -283,8 +250,8 @@ class Programs:
     """The newest dataset and program, for runs of one structure that follow one another."""
 
     def __init__(self) -> None:
-        self._datasets: dict[str, data.Dataset] = {}
-        self._programs: dict[tuple[str, int | None], Program] = {}
+        self._dataset: tuple[Any, data.Dataset] | None = None
+        self._program: tuple[Any, Program] | None = None
 
     def dataset(self, config: ConfigDict) -> data.Dataset:
         """The config's data.
@@ -293,174 +260,14 @@ class Programs:
             UsageError: as `data.load`.
         """
         s = config.dataset
-        what = (s.name, s.data_dir, s.train_split, s.eval_split)
-        if repr(what) not in self._datasets:
-            self._datasets = {repr(what): data.load(*what)}
-        return self._datasets[repr(what)]
+        what = s.name, s.data_dir, s.train_split, s.eval_split
+        if self._dataset is None or self._dataset[0] != what:
+            self._dataset = what, data.load(*what)
+        return self._dataset[1]
 
     def program(self, config: ConfigDict, dataset: data.Dataset, runs: int | None) -> Program:
         """The program of a resolved config, see `Program`."""
-        what = (structure(config), runs)
-        if what not in self._programs:
-            self._programs = {what: Program(config, dataset, runs)}
-        return self._programs[what]
-
-
-def build_schedule(config: ConfigDict, learning_rate: Any) -> Callable[[Any], Any]:
-    """Learning rate of update n (from 0), in a run that starts with `learning_rate`."""
-    settings = config.optimizer
-    return optimizer.step_schedule(
-        learning_rate, config.num_steps, settings.drop_at, settings.drop_factor
-    )
-
-
-def build_optimizer(config: ConfigDict, scalars: Scalars) -> Any:
-    """The config's optax transformation, with these numbers."""
-    settings, dtype = config.optimizer, jnp.dtype(config.param_dtype)
-    schedule = build_schedule(config, scalars['optimizer.learning_rate'])
-    decay = jnp.asarray(scalars['optimizer.weight_decay'], dtype)
-    if settings.name == 'sgd':
-        momentum = jnp.asarray(scalars['optimizer.momentum'], dtype)
-        tx = optimizer.sgd(schedule, momentum, settings.nesterov, decay)
-    else:
-        tx = optimizer.radam(schedule, settings.b1, settings.b2, decay)
-    return optimizer.freeze(tx, settings.freeze) if settings.freeze else tx
-
-
-def build_orbits(config: ConfigDict, dataset: data.Dataset) -> symmetry.Orbits | None:
-    """Which features the config's network is meant to have equal; None: all of a layer."""
-    model = config_lib.build_model(config, dataset.num_classes)
-    noiseless = model.noiseless()
-    if noiseless is None:
-        return None
-    images = jnp.zeros((1, *dataset.train.images.shape[1:]))
-    init = jax.jit(functools.partial(noiseless.init, train=False))
-    params = init(jax.random.key(0), images)['params']
-    return symmetry.find_orbits(params, model.feature_axes()['params'])
-
-
-def new_state(config: ConfigDict, dataset: data.Dataset, scalars: Scalars) -> TrainState:
-    """The state before the first step; with pruning, its mask still keeps every weight."""
-    state = create_state(
-        config_lib.build_model(config, dataset.num_classes),
-        build_optimizer(config, scalars),
-        dataset.train.images.shape[1:],
-        seed=scalars['seed'],
-        perturbation_seed=scalars['perturbation.seed'],
-        dtype=jnp.dtype(config.param_dtype),
-    )
-    if config.pruning.source:
-        mask = jax.tree.map(lambda x: jnp.ones(x.shape, bool), state.params)
-        state = dataclasses.replace(state, mask=mask)
-    return state
-
-
-def check_memory(config: ConfigDict, dataset: data.Dataset) -> None:
-    """Checks that a run's weights, their gradient and the optimizer's state fit into memory.
-
-    Activations come on top; what they need is known only to the compiler.
-
-    Raises:
-        UsageError: they do not.
-    """
-    # The same shapes, but initializers that make no array when they are only traced.
-    random = {'constnet': 'he', 'leakynet': 'h' * (config.model.depth - 3), 'mlp': 'random'}
-    shapes_of = ConfigDict(config.to_dict())
-    shapes_of.model.init = random.get(config.model.name, config.model.init)
-    shapes_of.model.sigma_w = None
-    new = functools.partial(new_state, shapes_of, dataset)
-    state = jax.eval_shape(new, scalars_of(config))
-    arrays = jax.tree.leaves((state.params, state.params, state.opt_state, state.batch_stats))
-    needed = sum(x.size * x.dtype.itemsize for x in arrays)
-    there = device_memory()
-    if needed > there:
-        count = sum(x.size for x in jax.tree.leaves(state.params))
-        raise UsageError(
-            f'model.width={config.model.width}, model.depth={config.model.depth}: {count:,} '
-            f'weights with gradient and optimizer need {needed / 2**30:,.1f} GiB of memory; '
-            f'must be at most {there / 2**30:,.1f}, what there is'
-        )
-
-
-def device_memory() -> int:
-    """Bytes of memory that a device has; for CPUs, that the machine has."""
-    stats = jax.local_devices()[0].memory_stats() or {}  # CPUs have none
-    return stats.get('bytes_limit') or os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-
-
-def build_mesh(config: ConfigDict, runs: int | None) -> Mesh | None:
-    """Axis 'data' of `config.mesh.data` devices, and 'run' of as many more as batched runs can use.
-
-    These are the most devices there are that divide the number of runs. None if it is one device.
-
-    Raises:
-        UsageError: names `mesh.data`, and why the devices do not fit.
-    """
-    along_data, number, processes = config.mesh.data, jax.device_count(), jax.process_count()
-    if along_data > number:
-        raise UsageError(f'mesh.data={along_data}: must be at most {number}, the devices there are')
-    if config.batch_size % along_data:
-        raise UsageError(
-            f'mesh.data={along_data}: must divide batch_size={config.batch_size} evenly'
-        )
-    runs = runs or 1
-    along_run = max(n for n in range(1, number // along_data + 1) if runs % n == 0)
-    if along_run * along_data == 1 and processes == 1:
-        return None
-    if processes > 1 and along_run * along_data != number:
-        raise UsageError(
-            f'mesh.data={along_data}: {runs} runs at once use {along_run * along_data} devices; '
-            f'all {number} of the {processes} processes must be used'
-        )
-    devices = np.array(jax.devices()[: along_run * along_data])
-    return Mesh(devices.reshape(along_run, along_data), ('run', 'data'))
-
-
-def make_batch_function(
-    config: ConfigDict, num_classes: int, mesh: Mesh | None = None
-) -> Callable[[TrainState, Source], Batch]:
-    """A pure (state, source) -> batch of the state's step, spread over the mesh's axis 'data'."""
-    mean, std = (np.array(x, np.float32) for x in (config.dataset.mean, config.dataset.std))
-
-    def make_batch(state: TrainState, source: Source) -> Batch:
-        indices = data.batch_indices(source.order, state.step, config.batch_size)
-        if mesh is not None:
-            indices = jax.lax.with_sharding_constraint(indices, NamedSharding(mesh, P('data')))
-        images = source.examples['image'][indices]
-        labels = source.examples['label'][indices]
-        keys = {
-            purpose: jax.random.fold_in(state.keys[purpose], state.step)
-            for purpose in ('augmentation', 'cutout', 'mixup')
-        }
-        if config.dataset.augment:
-            images = data.augment(keys['augmentation'], images)
-        images = data.normalize(images, mean, std)
-        if config.dataset.cutout > 0:
-            images = data.cutout(keys['cutout'], images, config.dataset.cutout)
-        if config.dataset.mixup > 0:
-            images, labels = data.mixup(
-                keys['mixup'], images, labels, num_classes, config.dataset.mixup
-            )
-        return {'image': images, 'label': labels}
-
-    return make_batch
-
-
-def symmetric(program: Program, state: TrainState) -> TrainState:
-    """`step_audit.symmetric_state` of a program's run."""
-    tx = build_optimizer(program.config, scalars_of(program.config))
-    state = step_audit.symmetric_state(state, program.model, tx, program.orbits)
-    return jax.device_put(state, program.everywhere)
-
-
-def compile_inspection(program: Program, state: TrainState, source: Source) -> Any:
-    """What `step_audit.CompiledStep` calls beside the train steps, without dropout."""
-    config = ConfigDict(program.config.to_dict())
-    config.model.dropout = 0.0
-    inspect = step_audit.make_inspection(
-        config_lib.build_model(config, program.dataset.num_classes), program.make_batch
-    )
-    inspect = determinism.jit_in_mode(
-        inspect, config.determinism.mode, out_shardings=program.everywhere
-    )
-    return inspect.lower(state, source).compile()
+        what = structure(config), runs
+        if self._program is None or self._program[0] != what:
+            self._program = what, Program(config, dataset, runs)
+        return self._program[1]

@@ -1,0 +1,276 @@
+"""What runs leave in their folders: manifest, checkpoints, metrics, summary and figure."""
+
+import contextlib
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from zerojax.host import distributed, figures, manifest, records
+from zerojax.host.checkpoint import Checkpoints
+from zerojax.host.errors import RunError, UsageError
+from zerojax.host.hashes import params_sha256
+from zerojax.host.metrics_log import MetricsLog
+from zerojax.host.progress import Progress
+from zerojax.host.records import Record
+from zerojax.run.building import build_schedule
+from zerojax.run.evaluate import as_record
+from zerojax.run.program import Program
+from zerojax.run.ticket import Ticket
+from zerojax.step import Metrics, TrainState, determinism
+
+
+class Recorder:
+    """One of the runs that are trained: its config, its folder, and what it writes there."""
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: pathlib.Path,
+        ticket: Ticket | None,
+        stack: contextlib.ExitStack,
+    ) -> None:
+        """Opens the checkpoints, until `stack` is closed."""
+        self.config = config
+        self.workdir = workdir
+        self.ticket = ticket
+        self.checkpoints = stack.enter_context(
+            Checkpoints(workdir / 'checkpoints', config.keep_checkpoints_at)
+        )
+        self.seconds_before = 0.0  # in processes before this one
+        self.error: RunError | None = None  # what it ended with before its time
+        self.manifest: Record | None = None  # of the process that writes it
+        self._schedule = build_schedule(config, config.optimizer.learning_rate)
+
+    def begin(self, step: int, facts: Record, stack: contextlib.ExitStack) -> None:
+        """Adds this start to the manifest, and opens metrics.jsonl to go on after `step`.
+
+        `facts` as in `manifest.add_start`.
+
+        Raises:
+            UsageError: a file is damaged, the run was started on other data, or metrics.jsonl lacks
+                what the checkpoint presumes.
+        """
+        if distributed.is_first():
+            self.manifest = manifest.add_start(self.workdir / 'manifest.json', step, facts)
+        self.metrics = stack.enter_context(
+            MetricsLog(self.workdir, step if step > 0 else -1, writes=distributed.is_first())
+        )
+        if step > 0 and self.metrics.last('eval') is None:
+            raise UsageError(
+                f'--workdir={self.workdir}: has a checkpoint of step {step} but metrics.jsonl is '
+                'empty; name another folder'
+            )
+
+    def check_finite(self, nonfinite_at_step: int) -> None:
+        """Ends the run if an update up to here gave a number that is not finite."""
+        if nonfinite_at_step >= 0:
+            self.checkpoints.wait()
+            self.error = RunError(
+                f'step {nonfinite_at_step}: loss, gradient or weights are not finite; the last '
+                f'good checkpoint is that of step {self.checkpoints.latest_step}; try a lower '
+                'optimizer.learning_rate'
+            )
+
+    def record_step(self, step: int, values: dict[str, Any], asymmetry: dict[str, Any]) -> None:
+        """Writes the 'train' line of an update: its metrics, and each layer's asymmetry after."""
+        self.metrics.write(
+            step,
+            'train',
+            **{name: float(value) for name, value in values.items()},
+            asymmetry=max(float(x) for x in asymmetry.values()),
+            learning_rate=float(self._schedule(step - 1)),
+        )
+
+    def record_evaluation(
+        self,
+        step: int,
+        evaluation: dict[str, Any],
+        asymmetry: dict[str, Any],
+        unique_features: dict[str, Any],
+        layers: Any,
+    ) -> None:
+        """Writes the lines of an evaluation, unless its loss is not finite, which ends the run."""
+        evaluation = {name: float(value) for name, value in evaluation.items()}
+        if not np.isfinite(evaluation['loss']):
+            self.error = RunError(
+                f'step {step}: the loss on the held-out set is not finite; try smaller initial '
+                'weights (model.*) or a lower optimizer.learning_rate'
+            )
+            return
+        self.metrics.write(step, 'eval', **evaluation)
+        by_layer = {name: float(value) for name, value in asymmetry.items()}
+        self.metrics.write(
+            step,
+            'symmetry',
+            asymmetry=max(by_layer.values()),
+            asymmetry_by_layer=by_layer,
+            unique_features={name: int(number) for name, number in unique_features.items()},
+        )
+        self.metrics.write(step, 'layers', **as_record(layers))
+
+    def shown(self) -> dict[str, float]:
+        """Loss and accuracy of the last evaluation, and the asymmetry then."""
+        evaluation, symmetry = self.metrics.last('eval'), self.metrics.last('symmetry')
+        assert evaluation is not None and symmetry is not None
+        return {
+            'loss': evaluation['loss'],
+            'accuracy': evaluation['accuracy'],
+            'asymmetry': symmetry['asymmetry'],
+        }
+
+    def save(self, state: TrainState, seconds: float) -> None:
+        """Saves a checkpoint; `seconds` is the time of this process."""
+        self.metrics.flush()  # a checkpoint presumes the lines up to its step
+        self.checkpoints.save(state, self.seconds_before + seconds)
+
+    def finish(self, state: TrainState, seconds: float) -> Record:
+        """Writes summary and figure of a run that is at its end."""
+        self.checkpoints.wait()
+        summary = summarize(state, self.metrics, self.seconds_before + seconds)
+        if distributed.is_first():
+            records.write_json(self.workdir / 'summary.json', summary)
+            figure = self.workdir / 'figures' / 'run.png'
+            figures.draw_run(self.metrics.lines, summary['broken_at_step'], figure)
+        return summary
+
+
+class Recorders:
+    """The recorders of runs that are trained in lockstep; those that have failed are left out."""
+
+    def __init__(
+        self, program: Program, runs: list[Recorder], progress: Progress, started: float
+    ) -> None:
+        """`started` is the `time.monotonic()` at which this process began with them."""
+        self.number = len(runs)
+        self._program = program
+        self._runs = runs
+        self._progress = progress
+        self._started = started
+
+    def _of_each(self, *trees: Any) -> Iterator[Any]:
+        """(recorder, its part of each tree) for the runs that have not failed."""
+        for run, *parts in zip(self._runs, *map(self._program.split, trees), strict=True):
+            if run.error is None:
+                yield run, *parts
+
+    def _seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    def all_failed(self) -> bool:
+        """Whether no run is left to be trained."""
+        return all(run.error for run in self._runs)
+
+    def begin(self, step: int, stack: contextlib.ExitStack) -> None:
+        """Says where each run goes on, and `Recorder.begin`."""
+        for run in self._runs:
+            verb = 'RESUMING at' if run.checkpoints.latest_step is not None else 'starting at'
+            num_steps = run.config.num_steps
+            self._progress.say(f'{verb} step {step} of {num_steps} in {run.workdir}')
+        facts = run_facts(self._program)
+        for run in self._runs:
+            run.begin(step, facts, stack)
+
+    def lack_audit(self) -> bool:
+        """Whether these runs begin with an audit that their manifests do not have yet."""
+        audited = self._program.config.determinism.mode == 'hardware' and not self._program.runs
+        found = [run.manifest for run in self._runs if run.manifest is not None]
+        return audited and bool(distributed.largest(any('audit' not in each for each in found)))
+
+    def add_audit(self, audit: Record) -> None:
+        """Adds it to the manifests."""
+        for run in self._runs:
+            if run.manifest is not None:
+                manifest.add_audit(run.workdir / 'manifest.json', run.manifest, audit)
+
+    def check_finite(self, state: TrainState) -> None:
+        """Ends the runs in which an update up to here gave a number that is not finite."""
+        for run, at_step in self._of_each(distributed.fetch(state.nonfinite_at_step)):
+            run.check_finite(int(at_step))
+
+    def record_step(self, step: int, state: TrainState, metrics: Metrics) -> None:
+        """Writes each run's 'train' line of an update, and shows the first one's state."""
+        asymmetry = self._program.measure_asymmetry(state.params)
+        for run, *measured in self._of_each(*distributed.fetch((metrics, asymmetry))):
+            run.record_step(step, *measured)
+        self._progress.show(**next((run.shown() for (run,) in self._of_each()), {}))
+
+    def record_evaluation(self, step: int, state: TrainState) -> None:
+        """Evaluates and measures all runs; writes and shows each one's lines."""
+        program = self._program
+        evaluation, layers = program.evaluate(state), program.measure_layers(state)
+        asymmetry = distributed.fetch(program.measure_asymmetry(state.params))
+        unique = program.unique_features(state.params)
+        for run, *measured in self._of_each(evaluation, asymmetry, unique, layers):
+            run.record_evaluation(step, *measured)
+        for (run,) in self._of_each():
+            where = f'step {step}/{program.config.num_steps}'
+            if self.number > 1:
+                where = f'{run.workdir.name}  {where}'
+            self._progress.evaluated(where, **run.shown())
+
+    def save(self, state: TrainState) -> None:
+        """Saves a checkpoint of each run."""
+        for run, its_state in zip(self._runs, self._program.split_state(state), strict=True):
+            if run.error is None:
+                run.save(its_state, self._seconds())
+
+    def wait(self) -> None:
+        """Returns when all checkpoints are on disk."""
+        for run in self._runs:
+            run.checkpoints.wait()
+
+    def finish(self, state: TrainState) -> list[Record | RunError]:
+        """Writes summary and figure of each run; for each its summary, or what it failed with."""
+        return [
+            run.error or run.finish(its_state, self._seconds())
+            for run, its_state in zip(self._runs, self._program.split_state(state), strict=True)
+        ]
+
+
+def summarize(state: TrainState, metrics: MetricsLog, seconds: float) -> Record:
+    """What `summary.json` holds; the fields are explained in the README."""
+    symmetry_line = metrics.of_kind('symmetry')[-1]
+    broken_at_step = int(state.broken_at_step)
+    if broken_at_step < 0 and symmetry_line['asymmetry'] > 0:
+        broken_at_step = int(state.step)  # the very last update broke it
+    evaluations = metrics.of_kind('eval')
+    return {
+        'step': int(state.step),
+        'train_loss': metrics.of_kind('train')[-1]['loss'],
+        'eval_accuracy': evaluations[-1]['accuracy'],
+        'best_eval_accuracy': max(line['accuracy'] for line in evaluations),
+        'asymmetry': symmetry_line['asymmetry'],
+        'unique_features': symmetry_line['unique_features'],
+        'broken_at_step': None if broken_at_step < 0 else broken_at_step,
+        'params_sha256': params_sha256(jax.device_get(state.params)),
+        'seconds': round(seconds, 1),
+    }
+
+
+def run_facts(program: Program) -> Record:
+    """What the manifest says of a run beyond versions and devices."""
+    config, dataset = program.config, program.dataset
+    return {
+        'compiler_options': determinism.compiler_options(config.determinism.mode),
+        'execution': {
+            'determinism': config.determinism.mode,
+            'steps_per_call': config.steps_per_call,
+            'convolution': config.model.convolution,
+            'param_dtype': config.param_dtype,
+            'runs_at_once': program.runs or 1,
+            'mesh': None if program.mesh is None else dict(program.mesh.shape),
+            'processes': jax.process_count(),
+        },
+        'dataset': {
+            'name': config.dataset.name,
+            'train_examples': len(dataset.train.labels),
+            'eval_examples': len(dataset.eval.labels),
+            'train_sha256': dataset.train.sha256(),
+            'eval_sha256': dataset.eval.sha256(),
+        },
+    }

@@ -1,0 +1,85 @@
+"""Before the first step: the folders are claimed, and a run that was left goes on."""
+
+import contextlib
+import dataclasses
+import pathlib
+
+import jax
+from ml_collections import ConfigDict
+
+from zerojax import config as config_lib
+from zerojax.host import distributed
+from zerojax.host.errors import RunError, UsageError
+from zerojax.host.progress import Progress
+from zerojax.host.workdir import Workdir
+from zerojax.run.program import Program
+from zerojax.run.recorder import Recorder
+from zerojax.step import TrainState
+
+
+def claim(
+    workdirs: list[pathlib.Path], configs: list[ConfigDict], stack: contextlib.ExitStack
+) -> None:
+    """Locks the folders until `stack` is closed; of several processes the first does it for all.
+
+    Raises:
+        UsageError: a folder is in use, cannot be written, or holds a run of another config.
+    """
+    problem = None
+    if distributed.is_first():
+        try:
+            for workdir, config in zip(workdirs, configs, strict=True):
+                stack.enter_context(Workdir(workdir, config_lib.as_json(config)))
+        except UsageError as error:
+            problem = error
+    distributed.agree(problem)
+
+
+def restore(
+    program: Program, state: TrainState, runs: list[Recorder], progress: Progress
+) -> tuple[TrainState, int]:
+    """The state to go on from and its step: `state`, or what the runs have in their checkpoints.
+
+    That is the newest step of which all have an intact checkpoint; runs without any are at step 0.
+    What is newer is out of the way afterwards: damaged checkpoints are set aside, intact ones,
+    which will be made again, removed.
+
+    Raises:
+        RunError: there is no such step; all checkpoints are left as they are.
+    """
+    states = [
+        its_state
+        if run.ticket is None
+        else dataclasses.replace(its_state, **jax.device_put(run.ticket, program.everywhere))
+        for run, its_state in zip(runs, program.split_state(state), strict=True)
+    ]
+    for run in runs:
+        for moved, folder in run.checkpoints.moved.items():
+            progress.say(f'checkpoint {moved} is damaged (its metadata); moved to {folder}')
+    damaged: dict[tuple[Recorder, int], RunError] = {}
+    steps = [set(run.checkpoints.steps) or {0} for run in runs]
+    for step in sorted(set.intersection(*steps), reverse=True):
+        restored = []
+        for run, its_state in zip(runs, states, strict=True):
+            try:
+                new = not run.checkpoints.steps
+                restored.append(
+                    (its_state, 0.0) if new else run.checkpoints.restore(step, like=its_state)
+                )
+            except RunError as reason:
+                damaged[run, step] = reason
+        if len(restored) == len(runs):
+            break
+    else:
+        reasons = '; '.join(map(str, damaged.values())) or 'no step is common to all runs'
+        of_these = {run for run, _ in damaged} or runs
+        folders = ', '.join(str(run.workdir / 'checkpoints') for run in runs if run in of_these)
+        raise RunError(f'{reasons}; none is left to resume from: remove {folders} to begin anew')
+    for (run, bad_step), error in damaged.items():
+        folder = run.checkpoints.set_aside(bad_step)
+        progress.say(f'{error}; moved to {folder}, going on from step {step}')
+    for run, (_, seconds) in zip(runs, restored, strict=True):
+        run.seconds_before = seconds
+        for newer in [each for each in run.checkpoints.steps if each > step]:
+            run.checkpoints.delete(newer)
+    return program.stack_states([its_state for its_state, _ in restored]), step
