@@ -11,8 +11,9 @@ import pytest
 
 from zerojax import sweep
 from zerojax.host import stop
+from zerojax.host.checkpoint import Checkpoints
 from zerojax.host.errors import RunError, UsageError
-from zerojax.run import program, train
+from zerojax.run import checks, program, recorder, train
 
 
 def variants(config, root, **fields):
@@ -123,7 +124,7 @@ def test_a_sweep_that_is_stopped_goes_on_to_the_same_weights(
     fields = {'seed': [0, 1], 'perturbation.seed': [0, 1]}
     whole = sweep.sweep(variants(toy_config, tmp_path / 'whole', **fields), at_once)
     jobs = variants(toy_config, tmp_path / 'stopped', **fields)
-    run_class, finish = train.Run, train.Run.record_step
+    run_class, finish = recorder.Recorder, recorder.Recorder.record_step
 
     def stop_at_16(self, step, *measured):
         finish(self, step, *measured)
@@ -137,7 +138,7 @@ def test_a_sweep_that_is_stopped_goes_on_to_the_same_weights(
     done = [(workdir / 'summary.json').exists() for _, workdir in jobs]
     assert done == ([True, False] if at_once == 1 else [False, False])
     if at_once == 2:  # killed while it saved: one of them lacks the newest checkpoint
-        with train.Checkpoints(jobs[1][1] / 'checkpoints') as checkpoints:
+        with Checkpoints(jobs[1][1] / 'checkpoints') as checkpoints:
             checkpoints.delete(16)
     resumed = sweep.sweep(jobs, at_once)
     for ours, theirs, (_, workdir) in zip(resumed, whole, jobs, strict=True):
@@ -295,7 +296,7 @@ def test_mistakes_are_one_line_and_nothing_is_written(tmp_path, capsys, flags, m
 
 def test_the_fastest_number_is_measured_on_accelerators_alone(toy_config, monkeypatch):
     programs = program.Programs()
-    config = train.resolve(toy_config, programs.dataset(toy_config))
+    config = checks.resolve(toy_config, programs.dataset(toy_config))
     said = []
     progress = types.SimpleNamespace(say=said.append)
     assert sweep.fastest(config, 20, programs, progress) == 1
@@ -310,6 +311,6 @@ def test_the_fastest_number_is_measured_on_accelerators_alone(toy_config, monkey
 
 def test_a_call_is_timed(toy_config):
     programs = program.Programs()
-    config = train.resolve(toy_config, programs.dataset(toy_config))
+    config = checks.resolve(toy_config, programs.dataset(toy_config))
     assert all(0 < sweep.seconds_a_call(config, runs, programs) < 60 for runs in (1, 2))
     assert np.isfinite(config.optimizer.learning_rate)

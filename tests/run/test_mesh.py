@@ -15,7 +15,7 @@ import pytest
 
 from zerojax import sweep
 from zerojax.host.errors import UsageError
-from zerojax.run import program, train
+from zerojax.run import building, train
 
 ROOT = pathlib.Path(__file__).parents[2]
 SHORT = [
@@ -89,7 +89,7 @@ def test_runs_take_the_devices_that_a_batch_leaves(tiny_config):
     for share in (1, 2):
         tiny_config.mesh.data = share
         for runs in (None, 2, 3):
-            mesh = program.build_mesh(tiny_config, runs)
+            mesh = building.build_mesh(tiny_config, runs)
             shapes[share, runs] = mesh and tuple(mesh.shape.values())
     assert shapes == {
         (1, None): None, (1, 2): (2, 1), (1, 3): None,

@@ -224,11 +224,11 @@ def configs(fire: Fire, number: int) -> None:
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.chdir(here))
         for name, instead in {
-            'zerojax.run.train.Run': mock.Mock(side_effect=Claimed),
+            'zerojax.run.train.Recorder': mock.Mock(side_effect=Claimed),
             'jax.distributed.initialize': mock.Mock(side_effect=Claimed),
             'zerojax.run.train.Programs': lambda: programs,
             'zerojax.sweep.Programs': lambda: programs,
-            'zerojax.run.program.device_memory': lambda: 2**30,  # spares the machine
+            'zerojax.run.checks.device_memory': lambda: 2**30,  # spares the machine
             'zerojax.run.data._why_unreachable': lambda url, timeout: 'not asked',
         }.items():
             stack.enter_context(mock.patch(name, instead))
