@@ -90,6 +90,7 @@ def finished():
         return dict(store.objects['bucket'])
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_there(store, local, finished):
     store.objects['bucket'] |= finished
     check_same(store, local)
@@ -112,6 +113,7 @@ def test_a_run_is_the_same_there(store, local, finished):
     assert not (ROOT / 'gs:').exists()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_a_folder_and_in_the_store_where_it_was_copied_to(
     store, local, finished, tmp_path
 ):
@@ -136,6 +138,7 @@ def test_other_commands_refuse_it():
         cli.parse_flags(['sweep', *TOY, '--workdir=gs://bucket/run'])
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_ends_the_same(store, local):
     for step in (5, 30):
         process = start(store, *TOY, '--workdir=gs://bucket/run')
@@ -147,6 +150,7 @@ def test_killed_again_and_again_it_ends_the_same(store, local):
     assert len(json.loads(read(store, 'manifest.json'))['starts']) == 3
 
 
+@pytest.mark.slow
 def test_a_signal_saves_and_the_same_command_resumes(store, local):
     process = start(store, *TOY, '--workdir=gs://bucket/run')
     wait_for_checkpoint(store, 10, process)
@@ -161,6 +165,7 @@ def test_a_signal_saves_and_the_same_command_resumes(store, local):
     check_same(store, local)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_damaged_is_set_aside_and_one_that_is_not_complete_removed(
     store, local, finished
 ):
@@ -178,6 +183,7 @@ def test_a_checkpoint_that_is_damaged_is_set_aside_and_one_that_is_not_complete_
     check_same(store, local)
 
 
+@pytest.mark.slow
 def test_the_process_that_comes_later_takes_the_run_over(store, local):
     first = start(store, *TOY, '--workdir=gs://bucket/run')
     wait_for_checkpoint(store, 10, first)
@@ -192,6 +198,7 @@ def test_the_process_that_comes_later_takes_the_run_over(store, local):
     check_same(store, local)
 
 
+@pytest.mark.slow
 def test_a_store_that_refuses_in_the_middle_ends_the_run_with_one_line(store, local):
     process = start(store, *TOY, '--workdir=gs://bucket/run')
     wait_for_checkpoint(store, 10, process)
@@ -211,6 +218,7 @@ def closed_port():
         return f'http://127.0.0.1:{listener.getsockname()[1]}'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'workdir,change,message',
     [
@@ -248,6 +256,7 @@ def test_a_store_that_cannot_be_had_is_one_line_before_anything_is_trained(
     assert store.objects['bucket'] == {}
 
 
+@pytest.mark.slow
 def test_two_processes_killed_resume_to_the_same_weights_and_records(store, tmp_path):
     def start_two(*flags):
         with socket.socket() as listener:

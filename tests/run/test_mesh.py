@@ -147,6 +147,7 @@ def undisturbed(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_run(undisturbed):
     execution = read(undisturbed, 'manifest.json')['execution']
     assert execution['processes'] == 2
@@ -160,6 +161,7 @@ def test_two_processes_train_one_run(undisturbed):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_both_killed_they_resume_to_the_same_weights_and_records(undisturbed, tmp_path):
     processes = start_two(tmp_path)
     wait_for_checkpoint(tmp_path, 8, processes)
@@ -173,6 +175,7 @@ def test_both_killed_they_resume_to_the_same_weights_and_records(undisturbed, tm
     assert (tmp_path / metrics).read_bytes() == (undisturbed / metrics).read_bytes()
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_runs_of_a_sweep(tmp_path):
     flags = ['--seeds=2', '--runs_at_once=2', '--config.num_steps=4']
     first, second = finish(start_two(tmp_path, *flags, module='sweep', share=1))
@@ -189,6 +192,7 @@ def test_two_processes_share_the_runs_of_a_sweep(tmp_path):
     assert '--runs_at_once=2: must divide the number of unfinished runs' in errors[0]
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_stops_both(tmp_path):
     processes = start_two(tmp_path, '--config.num_steps=100000')
     wait_for_checkpoint(tmp_path, 4, processes)
@@ -200,6 +204,7 @@ def test_a_signal_to_one_stops_both(tmp_path):
     assert (tmp_path / 'checkpoints' / steps.pop()).is_dir()
 
 
+@pytest.mark.slow
 def test_a_mistake_ends_both(undisturbed):
     processes = start_two(undisturbed, '--config.optimizer.learning_rate=0.5')
     errors = [process.communicate(timeout=120)[1] for process in processes]
@@ -208,6 +213,7 @@ def test_a_mistake_ends_both(undisturbed):
     assert 'another process of this run found a mistake' in errors[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('process', [0, 1])
 def test_a_process_that_never_comes_is_an_error_after_the_timeout(tmp_path, process):
     where = f'127.0.0.1:{free_port()},2,{process}'

@@ -6,6 +6,8 @@ import jax
 import pytest
 import stress
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope='module')
 def fire(tmp_path_factory):
