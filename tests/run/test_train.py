@@ -13,7 +13,8 @@ from flax.traverse_util import flatten_dict
 from zerojax.config import default_config
 from zerojax.host.checkpoint import Checkpoints
 from zerojax.host.errors import RunError, UsageError
-from zerojax.run import program
+from zerojax.host.hashes import params_sha256
+from zerojax.run import building, checks, program
 from zerojax.run.train import train
 from zerojax.step import precision
 
@@ -24,7 +25,8 @@ def lines(workdir, kind):
 
 
 def test_a_run_leaves_what_the_contract_says(tiny_config, tmp_path):
-    summary = train(tiny_config, tmp_path)
+    programs = program.Programs()
+    summary = train(tiny_config, tmp_path, programs)
     assert json.loads((tmp_path / 'summary.json').read_text()) == summary
     assert summary['step'] == 24
     assert summary['broken_at_step'] == 0
@@ -60,20 +62,27 @@ def test_a_run_leaves_what_the_contract_says(tiny_config, tmp_path):
     assert steps == {'12', '18', '24'}, 'the newest three'
 
     # The same command on a finished run changes nothing that is a result.
-    again = train(tiny_config, tmp_path)
+    again = train(tiny_config, tmp_path, programs)
     assert {**again, 'seconds': 0} == {**summary, 'seconds': 0}
     assert [line['step'] for line in lines(tmp_path, 'train')] == [4, 8, 12, 16, 20, 24]
 
     # Killed before the first checkpoint was saved: it starts anew.
     before = (tmp_path / 'metrics.jsonl').read_bytes()
     shutil.rmtree(tmp_path / 'checkpoints')
-    assert train(tiny_config, tmp_path)['params_sha256'] == summary['params_sha256']
+    assert train(tiny_config, tmp_path, programs)['params_sha256'] == summary['params_sha256']
     assert (tmp_path / 'metrics.jsonl').read_bytes() == before
 
     # And no other config may use its workdir.
     tiny_config.perturbation.scale = 1e-5
     with pytest.raises(UsageError, match=r'perturbation\.scale is 1e-06 there and 1e-05 here'):
         train(tiny_config, tmp_path)
+
+
+@pytest.fixture
+def toy_config(tiny_config):
+    """The same with the network that compiles in a moment, where any network will do."""
+    tiny_config.model.name, tiny_config.model.width = 'mlp', 20
+    return tiny_config
 
 
 def damage(folder, change):
@@ -83,7 +92,7 @@ def damage(folder, change):
 
 
 def test_nothing_is_copied_between_host_and_device_in_a_call_of_the_train_steps(
-    tiny_config, tmp_path, monkeypatch
+    toy_config, tmp_path, monkeypatch
 ):
     """Data, order of the epoch, scalars and count are on the device, the state stays there."""
     calls = []
@@ -100,7 +109,7 @@ def test_nothing_is_copied_between_host_and_device_in_a_call_of_the_train_steps(
         return call
 
     monkeypatch.setattr(program.Program, 'compile_train_steps', guarded)
-    train(tiny_config, tmp_path)
+    train(toy_config, tmp_path)
     assert len(calls) > 5
     guard = jax.transfer_guard('disallow_explicit')
     with guard, pytest.raises(jax.errors.JaxRuntimeError, match='Disallowed host-to-device'):
@@ -110,12 +119,13 @@ def test_nothing_is_copied_between_host_and_device_in_a_call_of_the_train_steps(
 # Of a damaged checkpoint, Orbax waits for the first read that fails; others may end after its event
 # loop has closed.
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_serves(tiny_config, tmp_path, capsys):
-    summary = train(tiny_config, tmp_path)
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_serves(toy_config, tmp_path, capsys):
+    programs = program.Programs()
+    summary = train(toy_config, tmp_path, programs)
     metrics = (tmp_path / 'metrics.jsonl').read_bytes()
     damage(tmp_path / 'checkpoints' / '24', lambda content: b'')
     capsys.readouterr()
-    assert train(tiny_config, tmp_path)['params_sha256'] == summary['params_sha256']
+    assert train(toy_config, tmp_path, programs)['params_sha256'] == summary['params_sha256']
     assert (tmp_path / 'metrics.jsonl').read_bytes() == metrics
     output = capsys.readouterr().out
     assert re.search(r'checkpoints/24 is damaged .*; moved to \S+/damaged_checkpoints/24', output)
@@ -127,7 +137,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_serves(tiny_config
     with pytest.raises(
         RunError, match=r'/24 is damaged .*/12 is damaged .* none is left .* remove'
     ):
-        train(tiny_config, tmp_path)
+        train(toy_config, tmp_path, programs)
     steps = {path.name for path in (tmp_path / 'checkpoints').iterdir() if path.is_dir()}
     assert steps == {'12', '18', '24'}, 'nothing was taken away'
     gc.collect()
@@ -144,11 +154,11 @@ def test_without_perturbation_symmetry_is_exact_to_the_end(tiny_config, tmp_path
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
-    tiny_config, tmp_path
+    toy_config, tmp_path
 ):
-    tiny_config.optimizer.learning_rate = 1e30
+    toy_config.optimizer.learning_rate = 1e30
     with pytest.raises(RunError, match=r'^step \d: loss, gradient or weights are not finite; .*'):
-        train(tiny_config, tmp_path)
+        train(toy_config, tmp_path)
     steps = {path.name for path in (tmp_path / 'checkpoints').iterdir() if path.is_dir()}
     assert steps == {'0'}
     assert not (tmp_path / 'summary.json').exists()
@@ -199,16 +209,22 @@ def test_every_network_trains(tiny_config, tmp_path, name):
     assert evals[-1]['loss'] < evals[0]['loss']
 
 
-def test_the_papers_options_together(tiny_config, tmp_path):
-    """Each of them acts: the run without it ends elsewhere."""
-    other_network(tiny_config, 'mlp')
-    tiny_config.num_steps = 4
-    tiny_config.dataset.augment = True
+def test_the_papers_options_together(toy_config):
+    """Each of them acts: without it the weights are others after two steps."""
+    toy_config.dataset.augment = True
 
     def params_after(**changes):
-        config = tiny_config.copy_and_resolve_references()
+        config = toy_config.copy_and_resolve_references()
         config.update_from_flattened_dict(changes)
-        return train(config, tmp_path / str(len(list(tmp_path.iterdir()))))['params_sha256']
+        programs = program.Programs()
+        dataset = programs.dataset(config)
+        built = programs.program(checks.resolve(config, dataset), dataset, None)
+        scalars = building.scalars_of(config)
+        state = built.initial_state(scalars)
+        source = built.source(state, scalars, epoch=0)
+        for _ in range(2):
+            state, _ = built.train_steps(state, source, np.int32(1))
+        return params_sha256(jax.device_get(state.params))
 
     everything = {
         'dataset.cutout': 3, 'dataset.mixup': 1.0, 'optimizer.name': 'radam',
