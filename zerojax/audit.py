@@ -32,6 +32,7 @@ from ml_collections import ConfigDict
 from zerojax.host import records
 from zerojax.host.errors import RunError, UsageError
 from zerojax.measure import equal_features, noise, step_audit
+from zerojax.measure.compiled import no_compilation_cache
 from zerojax.run import checks, cli, data
 from zerojax.run.program import Program, Source, compile_inspection, scalars_of, symmetric
 from zerojax.step import determinism
@@ -69,7 +70,7 @@ def compile_step(program: Program) -> step_audit.CompiledStep:
     state = symmetric(program, program.initial_state(scalars))
     order = program.epoch_order(state.keys['order'], 0)
     source = Source(program.examples, order, scalars)
-    with noise.no_compilation_cache():
+    with no_compilation_cache():
         return step_audit.CompiledStep(
             program.compile_train_steps(state, source),
             compile_inspection(program, state, source),

@@ -95,17 +95,17 @@ def test_unique_features_counts_bits(dtype):
     t = np.repeat(RNG.normal(size=(2, 5, 1)), 9, axis=2)
     t[0, 0, 3] = np.nextafter(t[0, 0, 3], 9, dtype=np.float64)
     x = jnp.asarray(t, dtype)
-    assert int(metrics.unique_features(x)) == 1, 'the difference is below the precision'
+    assert int(metrics.count_unique_features(x)) == 1, 'the difference is below the precision'
     bits = {jnp.float32: jnp.uint32, jnp.bfloat16: jnp.uint16}[dtype]
     one_ulp = jax.lax.bitcast_convert_type(
         jax.lax.bitcast_convert_type(x[1, 4, 5], bits) + bits(1), dtype
     )
-    assert int(metrics.unique_features(x.at[1, 4, 5].set(one_ulp))) == 2
-    assert int(metrics.unique_features(x.at[..., 2].set(0.0).at[..., 7].set(-0.0))) == 2
+    assert int(metrics.count_unique_features(x.at[1, 4, 5].set(one_ulp))) == 2
+    assert int(metrics.count_unique_features(x.at[..., 2].set(0.0).at[..., 7].set(-0.0))) == 2
     subnormal = jnp.zeros((3, 2), dtype).at[0, 0].set(jnp.finfo(dtype).smallest_subnormal)
-    assert int(metrics.unique_features(subnormal)) == 2
+    assert int(metrics.count_unique_features(subnormal)) == 2
     random = RNG.normal(size=(4, 30))
-    assert int(metrics.unique_features(jnp.asarray(random, jnp.float32))) == 30
+    assert int(metrics.count_unique_features(jnp.asarray(random, jnp.float32))) == 30
 
 
 class Chain(nn.Module):
@@ -160,4 +160,5 @@ def test_a_symmetric_network_has_one_feature_a_layer_by_every_measure():
     for name in ('forward_correlation', 'backward_correlation'):
         for layer, value in of_kernels[name].items():
             assert float(value) == pytest.approx(1, abs=1e-6), layer
-    assert of_kernels['backward_correlation'].keys() == metrics.kernels(variables['params']).keys()
+    kernels = metrics.kernels_by_layer(variables['params'])
+    assert of_kernels['backward_correlation'].keys() == kernels.keys()
