@@ -9,7 +9,8 @@ import pytest
 
 from zerojax import audit
 from zerojax.measure import noise, step_audit
-from zerojax.measure.noise import Operation, Spread
+from zerojax.measure.compiled import Operation
+from zerojax.measure.noise import Spread
 from zerojax.measure.step_audit import COMPILATIONS, ONE_EXECUTABLE, PROCESSES, Verdict
 from zerojax.run import train
 

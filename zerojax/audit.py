@@ -32,6 +32,7 @@ from zerojax import config as config_lib
 from zerojax.host import manifest, records
 from zerojax.host.errors import RunError, UsageError
 from zerojax.measure import equal_features, noise, step_audit
+from zerojax.measure.compiled import no_compilation_cache
 from zerojax.run import checks, cli, data
 from zerojax.run.building import scalars_of
 from zerojax.run.inspection import compile_inspection, symmetric_state
@@ -65,7 +66,7 @@ def compile_step(program: Program) -> step_audit.CompiledStep:
     scalars = scalars_of(program.config)
     state = symmetric_state(program, program.initial_state(scalars))
     source = program.source(state, scalars, epoch=0)
-    with noise.no_compilation_cache():
+    with no_compilation_cache():
         return step_audit.CompiledStep(
             program.compile_train_steps(state, source),
             compile_inspection(program, state, source),

@@ -39,6 +39,8 @@ import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from zerojax import symmetry
+
 Tree = Any
 Scale = float | jax.Array
 
@@ -132,17 +134,22 @@ def chosen(params: Tree, layers: str) -> list[str]:
     return sorted(path for path in flatten_dict(params, sep='/') if re.match(layers, path))
 
 
+def is_chosen(params: Tree, layers: str) -> Tree:
+    """Bools like `params`: whether `layers` chooses the parameter, as in `chosen`."""
+    flat = flatten_dict(params, sep='/')
+    return unflatten_dict({path: bool(re.match(layers, path)) for path in flat}, sep='/')
+
+
 # Plain functions on weights.
 
 
-def _change(params: Tree, layers: str, draw: Callable[[int], jax.Array], law: Any) -> Tree:
-    """`law(path, x, its share of draw(number of all weights))` in place of each chosen array.
+def _change(params: Tree, layers: str, drawn: jax.Array, law: Callable[..., jax.Array]) -> Tree:
+    """`law(path, x, its share of what was drawn for all weights)` in place of each chosen array.
 
     One draw serves all parameters, because XLA compiles one generator much faster than dozens; and
     what a weight gets does not depend on which parameters are chosen.
     """
     flat = flatten_dict(params, sep='/')
-    drawn = draw(sum(x.size for x in flat.values()))
     start = 0
     for path in sorted(flat):
         x = flat[path]
@@ -152,8 +159,10 @@ def _change(params: Tree, layers: str, draw: Callable[[int], jax.Array], law: An
     return unflatten_dict(flat, sep='/')
 
 
-def _normal(key: jax.Array) -> Callable[[int], jax.Array]:
-    return lambda size: jax.random.normal(key, (size,), jnp.float32)
+def _normal(params: Tree, key: jax.Array) -> jax.Array:
+    """N(0, 1) for each weight, as `_change` hands it out."""
+    size = sum(x.size for x in jax.tree.leaves(params))
+    return jax.random.normal(key, (size,), jnp.float32)
 
 
 def _add_noise(x: jax.Array, noise: jax.Array, scale: Scale, relative: bool) -> jax.Array:
@@ -179,11 +188,10 @@ def gaussian(
     'gradient' does to a tree of gradients. Any floats; dtypes are kept.
     """
 
-    def law(path: str, x: jax.Array, noise: jax.Array) -> jax.Array:
-        del path
+    def law(_: str, x: jax.Array, noise: jax.Array) -> jax.Array:
         return _add_noise(x, noise, scale, relative)
 
-    return _change(params, layers, _normal(key), law)
+    return _change(params, layers, _normal(params, key), law)
 
 
 def unequal_init(
@@ -207,7 +215,7 @@ def unequal_init(
                 noise = jnp.take(noise, np.arange(x.shape[axis]) % count, axis=axis)
         return _add_noise(x, noise, scale, relative=False)
 
-    return _change(params, layers, _normal(key), law)
+    return _change(params, layers, _normal(params, key), law)
 
 
 def _random_hits(params: Tree, key: jax.Array, count: int, layers: str) -> jax.Array:
@@ -233,11 +241,10 @@ def one_weight(params: Tree, key: jax.Array, scale: Scale, layers: str = '.*') -
     Without any such weight the parameters come back as they are.
     """
 
-    def law(path: str, x: jax.Array, hit: jax.Array) -> jax.Array:
-        del path
+    def law(_: str, x: jax.Array, hit: jax.Array) -> jax.Array:
         return jnp.where(hit, _add_noise(x, jnp.ones_like(hit, jnp.float32), scale, True), x)
 
-    return _change(params, layers, lambda _: _random_hits(params, key, 1, layers), law)
+    return _change(params, layers, _random_hits(params, key, 1, layers), law)
 
 
 def ulp(params: Tree, key: jax.Array, count: int = 1, layers: str = '.*') -> Tree:
@@ -247,11 +254,10 @@ def ulp(params: Tree, key: jax.Array, count: int = 1, layers: str = '.*') -> Tre
     in its place; all of them if there are fewer.
     """
 
-    def law(path: str, x: jax.Array, hit: jax.Array) -> jax.Array:
-        del path
+    def law(_: str, x: jax.Array, hit: jax.Array) -> jax.Array:
         return jnp.where(hit, jnp.nextafter(x, jnp.asarray(jnp.inf, x.dtype)), x)
 
-    return _change(params, layers, lambda _: _random_hits(params, key, count, layers), law)
+    return _change(params, layers, _random_hits(params, key, count, layers), law)
 
 
 def perturb_weights(
@@ -303,14 +309,11 @@ def perturb_gradients(
 def output_layers(feature_axes: Tree) -> dict[str, str]:
     """{module path: kernel path} of all modules whose outputs can be perturbed.
 
-    They hold an array of two axes or more with features along its last one. `feature_axes` is the
-    declaration of the parameters.
+    They hold a kernel with features along its last axis. `feature_axes` is the declaration of the
+    parameters.
     """
-    return {
-        path.rpartition('/')[0]: path
-        for path, names in sorted(flatten_dict(feature_axes, sep='/').items())
-        if len(names) >= 2 and names[-1] is not None
-    }
+    outputs = symmetry.output_axes(feature_axes).items()
+    return {path.rpartition('/')[0]: path for path, name in outputs if name is not None}
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from zerojax.host.workdir import Workdir
 from zerojax.run import data, program, train
 from zerojax.step.precision import numbers_of
 from zerojax.symmetry import alignment
+from zerojax.symmetry.orbits import feature_counts
 
 
 def tiny(**fields):
@@ -185,7 +186,7 @@ def permuted(run, variables):
     """The variables with all features in another order."""
     axes = saved_runs.network(run, 10).feature_axes()
     rng = np.random.default_rng(0)
-    counts = alignment.feature_counts(variables['params'], axes['params'])
+    counts = feature_counts(variables['params'], axes['params'])
     orders = {name: rng.permutation(count) for name, count in counts.items()}
     return {k: alignment.permute(x, axes[k], orders) for k, x in variables.items()}
 

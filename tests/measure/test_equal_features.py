@@ -62,9 +62,10 @@ def spreads(net):
     results = jax.jit(
         lambda params: equal_features.tensors(loss, params, ['first', 'crooked', 'head'])
     )(params)
-    np.testing.assert_allclose(results['forward']['loss'], loss(params), rtol=1e-6)
+    value, gradients = jax.jit(jax.value_and_grad(loss))(params)
+    np.testing.assert_allclose(results['forward']['loss'], value, rtol=1e-6)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-7)
-    jax.tree.map(close, results['gradients']['params'], jax.grad(loss)(params))
+    jax.tree.map(close, results['gradients']['params'], gradients)
     return equal_features.equal_features_of(results, AXES)
 
 
@@ -129,7 +130,7 @@ def test_a_declaration_that_does_not_fit_is_refused(axes, message):
 
 def filled_within_orbits(model, channels=1):
     image = jnp.zeros((1, 8, 8, channels))
-    params = model.init(jax.random.key(0), image, train=False)['params']
+    params = jax.jit(lambda: model.init(jax.random.key(0), image, train=False)['params'])()
     axes = model.feature_axes()['params']
     orbits = symmetry.find_orbits(params, axes)
     return equal_features.symmetric_fill(params, axes, orbits), axes, orbits

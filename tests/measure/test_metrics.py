@@ -21,6 +21,11 @@ def paper_correlation(rows):
     return np.tril(correlations, -1).sum() / (n * (n - 1) / 2)
 
 
+@jax.jit
+def correlations(kernel, transposed):
+    return metrics.forward_correlation(kernel), metrics.backward_correlation(transposed)
+
+
 @pytest.mark.parametrize('shape', [(3, 3, 5, 7), (1, 1, 16, 4), (11, 6), (3, 3, 2, 2)])
 @pytest.mark.parametrize('constant', [0, 1, 2])
 @pytest.mark.parametrize('scale', [1.0, 1e-30])
@@ -28,8 +33,7 @@ def test_correlations_are_numpys_with_nan_as_1(shape, constant, scale):
     kernel = RNG.normal(size=shape) * scale
     kernel[..., :constant] = scale
     with jax.enable_x64(True):
-        forward = metrics.forward_correlation(jnp.asarray(kernel))
-        backward = metrics.backward_correlation(jnp.asarray(kernel.swapaxes(-1, -2)))
+        forward, backward = correlations(kernel, kernel.swapaxes(-1, -2))
     rows = np.moveaxis(kernel, -1, 0).reshape(shape[-1], -1)
     assert float(forward) == pytest.approx(paper_correlation(rows), abs=1e-13)
     assert float(backward) == pytest.approx(paper_correlation(rows), abs=1e-13)
@@ -95,17 +99,17 @@ def test_unique_features_counts_bits(dtype):
     t = np.repeat(RNG.normal(size=(2, 5, 1)), 9, axis=2)
     t[0, 0, 3] = np.nextafter(t[0, 0, 3], 9, dtype=np.float64)
     x = jnp.asarray(t, dtype)
-    assert int(metrics.unique_features(x)) == 1, 'the difference is below the precision'
+    assert int(metrics.count_unique_features(x)) == 1, 'the difference is below the precision'
     bits = {jnp.float32: jnp.uint32, jnp.bfloat16: jnp.uint16}[dtype]
     one_ulp = jax.lax.bitcast_convert_type(
         jax.lax.bitcast_convert_type(x[1, 4, 5], bits) + bits(1), dtype
     )
-    assert int(metrics.unique_features(x.at[1, 4, 5].set(one_ulp))) == 2
-    assert int(metrics.unique_features(x.at[..., 2].set(0.0).at[..., 7].set(-0.0))) == 2
+    assert int(metrics.count_unique_features(x.at[1, 4, 5].set(one_ulp))) == 2
+    assert int(metrics.count_unique_features(x.at[..., 2].set(0.0).at[..., 7].set(-0.0))) == 2
     subnormal = jnp.zeros((3, 2), dtype).at[0, 0].set(jnp.finfo(dtype).smallest_subnormal)
-    assert int(metrics.unique_features(subnormal)) == 2
+    assert int(metrics.count_unique_features(subnormal)) == 2
     random = RNG.normal(size=(4, 30))
-    assert int(metrics.unique_features(jnp.asarray(random, jnp.float32))) == 30
+    assert int(metrics.count_unique_features(jnp.asarray(random, jnp.float32))) == 30
 
 
 class Chain(nn.Module):
@@ -140,15 +144,19 @@ def test_layer_outputs_are_activations_and_gradients_of_any_model():
 def test_a_symmetric_network_has_one_feature_a_layer_by_every_measure():
     model = models.create('constnet', depth=7, width=1)
     images = jnp.asarray(RNG.normal(size=(4, 8, 8, 3)), jnp.float32)
-    variables = model.init(jax.random.key(0), images, train=False)
+    variables = jax.jit(lambda: model.init(jax.random.key(0), images, train=False))()
     variables['params']['head']['kernel'] += 0.1
 
-    def loss():
-        logits, _ = model.apply(variables, images, train=True, mutable=['batch_stats'])
-        return jnp.mean(logits[:, 0] ** 2)
+    @jax.jit
+    def measure(variables):
+        def loss():
+            logits, _ = model.apply(variables, images, train=True, mutable=['batch_stats'])
+            return jnp.mean(logits[:, 0] ** 2)
 
-    activations, gradients = metrics.layer_outputs(loss, model.layers())
-    measured = metrics.of_layer_outputs(activations, gradients)
+        measured = metrics.of_layer_outputs(*metrics.layer_outputs(loss, model.layers()))
+        return measured, metrics.of_kernels(variables['params'])
+
+    measured, of_kernels = measure(variables)
     assert measured['signal'].keys() == set(model.layers())
     for layer in model.layers():
         assert int(measured['unique_activations'][layer]) == 1
@@ -156,8 +164,8 @@ def test_a_symmetric_network_has_one_feature_a_layer_by_every_measure():
         assert measured['feature_variance'][layer] < 1e-12 * measured['signal'][layer]
         assert measured['gradient'][layer] > 0
         assert measured['gradient_variance'][layer] < 1e-12 * measured['gradient'][layer]
-    of_kernels = metrics.of_kernels(variables['params'])
     for name in ('forward_correlation', 'backward_correlation'):
         for layer, value in of_kernels[name].items():
             assert float(value) == pytest.approx(1, abs=1e-6), layer
-    assert of_kernels['backward_correlation'].keys() == metrics.kernels(variables['params']).keys()
+    kernels = metrics.kernels_by_layer(variables['params'])
+    assert of_kernels['backward_correlation'].keys() == kernels.keys()

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from zerojax.step.precision import at_least_float32
+
 Tree = Any
 
 
@@ -54,7 +56,7 @@ def batch_statistics(model: nn.Module, variables: Tree, images: jax.Array) -> Tr
 
     def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         if isinstance(context.module, nn.BatchNorm) and context.method_name == '__call__':
-            x = args[0].astype(jnp.float32) if args[0].dtype.itemsize < 4 else args[0]
+            x = args[0].astype(at_least_float32(args[0].dtype))
             axes = tuple(range(x.ndim - 1))
             seen[(*context.module.path, 'mean')] = jnp.mean(x, axes)
             seen[(*context.module.path, 'var')] = jnp.var(x, axes)

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from zerojax.step.precision import at_least_float32
+
 Tree = Any
 
 
@@ -42,7 +44,7 @@ def gram(x: jax.Array) -> jax.Array:
     The input may have any size: it is divided by its largest entry. At least float32.
     """
     x = x.reshape(len(x), -1)
-    x = x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
+    x = x.astype(at_least_float32(x.dtype))
     x = x - jnp.mean(x, axis=0, keepdims=True)
     largest = jnp.max(jnp.abs(x))
     x = x / jnp.where(largest > 0, largest, 1)

@@ -1,5 +1,6 @@
 """Whether the kernels of a backend keep equal features bitwise equal, layer by layer.
 
+The middle storey of the audit: it compares the features of one result, by the measures of `noise`.
 A kernel that gives the same bits in every call may still treat features differently: the last ones
 of a vector, or a tile at the edge, may be summed in another order. Whether it does depends on the
 width, so it is measured on the very network. Works for any Linen model that declares its
@@ -14,15 +15,16 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from zerojax import symmetry
 from zerojax.measure import metrics
 from zerojax.measure.noise import Spread, element_spread, feature_spread
+from zerojax.symmetry import project
+from zerojax.symmetry.orbits import Orbits, Path, named_axes, output_axes
 
 Tree = Any
 
 
 def symmetric_fill(
-    params: Tree, feature_axes: Tree, orbits: symmetry.Orbits | None = None, seed: int = 0
+    params: Tree, feature_axes: Tree, orbits: Orbits | None = None, seed: int = 0
 ) -> Tree:
     """Weights that tell something and have all features of an orbit equal.
 
@@ -51,8 +53,8 @@ def symmetric_fill(
         else:
             noise = values.astype(np.float64) + 0.1 * noise
         filled[path] = noise.astype(values.dtype)
-    project = functools.partial(symmetry.project, feature_axes=feature_axes, orbits=orbits)
-    return jax.jit(project)(unflatten_dict(filled))  # eagerly, each shape would be compiled
+    fill = functools.partial(project, feature_axes=feature_axes, orbits=orbits)
+    return jax.jit(fill)(unflatten_dict(filled))  # eagerly, each shape would be compiled
 
 
 def tensors(
@@ -77,38 +79,37 @@ def tensors(
 
 
 def equal_features(
-    tree: Tree, feature_axes: Tree, orbits: symmetry.Orbits | None = None
+    tree: Tree, feature_axes: Tree, orbits: Orbits | None = None
 ) -> dict[str, Spread]:
     """Spread between equal features, for each array that has any, by '/'-joined path.
 
     1 distinct feature and 0 ULPs mean bitwise equal. Of several named axes the worst counts. Only
     features of one orbit are compared (by default all of a layer are one); of arrays in
-    `orbits.entries`, such as an identity, the single weights that must be equal. Runs on the host.
+    `orbits.entries`, such as an identity, the single weights that must be equal. In the order of
+    their paths. Runs on the host.
 
     Raises:
         ValueError: tree and declaration do not fit each other.
     """
-    arrays, declared = flatten_dict(tree), flatten_dict(feature_axes)
-    if arrays.keys() != declared.keys():
-        differing = sorted('/'.join(path) for path in arrays.keys() ^ declared.keys())
-        raise ValueError(f'feature_axes and tree differ in {", ".join(differing)}')
     spreads = {}
-    for path, x in arrays.items():
-        if len(declared[path]) != np.ndim(x):
-            raise ValueError(f'{"/".join(path)}: {declared[path]} does not fit shape {np.shape(x)}')
-        if orbits is not None and path in orbits.entries:
-            along = [element_spread(x, orbits.entries[path])]
-        else:
-            along = [
-                feature_spread(x, axis, first)
-                for axis, name in enumerate(declared[path])
-                if name is not None
-                for first in [None if orbits is None else orbits.first[name]]
-                if first is None or len(np.unique(first)) < len(first)
-            ]
-        if along:
+    for path, x, names in sorted(named_axes(tree, feature_axes), key=lambda each: each[0]):
+        if along := _spreads(x, path, names, orbits):
             spreads['/'.join(path)] = max(along, key=lambda each: (each.ulps, each.distinct))
     return spreads
+
+
+def _spreads(x: Any, path: Path, names: dict[int, str], orbits: Orbits | None) -> list[Spread]:
+    """Of an array's equal features along each named axis, or of its equal weights."""
+    if orbits is None:
+        return [feature_spread(x, axis) for axis in names]
+    if path in orbits.entries:
+        return [element_spread(x, orbits.entries[path])]
+    counts = orbits.counts()
+    return [
+        feature_spread(x, axis, orbits.first[name])
+        for axis, name in names.items()
+        if counts[name] < x.shape[axis]
+    ]
 
 
 def output_axis(layer: str, params_axes: Tree) -> str:
@@ -117,18 +118,16 @@ def output_axis(layer: str, params_axes: Tree) -> str:
     Raises:
         ValueError: its kernels do not agree, or it has none.
     """
-    names = {
-        axes[-1]
-        for path, axes in flatten_dict(params_axes, sep='/').items()
-        if path.startswith(f'{layer}/') and len(axes) >= 2
-    }
-    if len(names) != 1 or None in names:
+    outputs = output_axes(params_axes).items()
+    names = {name for path, name in outputs if path.startswith(f'{layer}/')}
+    name = next(iter(names), None)
+    if len(names) != 1 or name is None:
         raise ValueError(f'layer {layer!r}: its kernels have {names} along their last axis')
-    return names.pop()
+    return name
 
 
 def equal_features_of(
-    results: dict[str, Any], params_axes: Tree, orbits: symmetry.Orbits | None = None
+    results: dict[str, Any], params_axes: Tree, orbits: Orbits | None = None
 ) -> dict[str, Spread]:
     """`equal_features` of what `tensors` returns: outputs, their gradients, and those of weights.
 

@@ -15,15 +15,10 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
+from zerojax.step.precision import at_least_float32
+from zerojax.symmetry.bits import bit_patterns
+
 Tree = Any
-
-
-def _at_least_float32(x: jax.Array) -> jax.Array:
-    """Sums over thousands of numbers need more digits than bfloat16 has."""
-    return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
-
-
-_UINTS = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
 
 
 def mean_correlation(rows: jax.Array) -> jax.Array:
@@ -36,7 +31,7 @@ def mean_correlation(rows: jax.Array) -> jax.Array:
     n = len(rows)
     if n < 2:
         raise ValueError(f'a correlation between rows needs two of them, not shape {rows.shape}')
-    rows = _at_least_float32(rows)
+    rows = rows.astype(at_least_float32(rows.dtype))
     span = jnp.max(rows, axis=1, keepdims=True) - jnp.min(rows, axis=1, keepdims=True)
     varies = span > 0
     centred = (rows - jnp.mean(rows, axis=1, keepdims=True)) / jnp.where(varies, span, 1)
@@ -70,7 +65,7 @@ def diversity(backward_correlations: jax.Array) -> jax.Array:
     return jnp.sum(jnp.log(jnp.sqrt(jnp.maximum((1 - c) * (1 + c), 0))))
 
 
-def kernels(params: Tree) -> dict[str, jax.Array]:
+def kernels_by_layer(params: Tree) -> dict[str, jax.Array]:
     """Every weight array with at least two axes, by the path of its layer ('block1_0/conv')."""
     flat = flatten_dict(params)
     return {'/'.join(path[:-1]): x for path, x in flat.items() if x.ndim >= 2}
@@ -79,13 +74,13 @@ def kernels(params: Tree) -> dict[str, jax.Array]:
 def feature_variance(t: jax.Array) -> jax.Array:
     """Mean of (t - mean over features)²: how far the features of [..., C] are from being one;
     float [], in squared units of t."""
-    t = _at_least_float32(t)
+    t = t.astype(at_least_float32(t.dtype))
     return jnp.mean((t - jnp.mean(t, axis=-1, keepdims=True)) ** 2)
 
 
 def second_moment(t: jax.Array) -> jax.Array:
     """Mean of t², float []: the size of a signal or gradient, whatever its features."""
-    return jnp.mean(_at_least_float32(t) ** 2)
+    return jnp.mean(t.astype(at_least_float32(t.dtype)) ** 2)
 
 
 def effective_width(t: jax.Array) -> jax.Array:
@@ -94,7 +89,7 @@ def effective_width(t: jax.Array) -> jax.Array:
     Between 1 (all features are multiples of one) and C (orthogonal features of one size); 0 if t is
     0 everywhere. Computed from the Gram matrix [C, C], without a decomposition. float [].
     """
-    x = _at_least_float32(t).reshape(-1, t.shape[-1])
+    x = t.astype(at_least_float32(t.dtype)).reshape(-1, t.shape[-1])
     largest = jnp.max(jnp.abs(x))
     x = x / jnp.where(largest > 0, largest, 1)
     gram = jnp.matmul(x.T, x, precision='highest')
@@ -102,14 +97,12 @@ def effective_width(t: jax.Array) -> jax.Array:
     return jnp.trace(gram) ** 2 / jnp.where(fourth_powers > 0, fourth_powers, 1)
 
 
-def unique_features(t: jax.Array) -> jax.Array:
+def count_unique_features(t: jax.Array) -> jax.Array:
     """Number of features of [..., C] that differ from all features before them, int32 [].
 
     Exact: bits are compared, 0.0 equals -0.0.
     """
-    bits = jax.lax.bitcast_convert_type(t.reshape(-1, t.shape[-1]), _UINTS[t.dtype.itemsize])
-    negative_zero = jax.lax.bitcast_convert_type(jnp.asarray(-0.0, t.dtype), bits.dtype)
-    bits = jnp.where(bits == negative_zero, jnp.zeros_like(bits), bits)
+    bits = bit_patterns(jnp.asarray(t).reshape(-1, t.shape[-1]))
 
     def count(feature: jax.Array, found: jax.Array) -> jax.Array:
         its_bits = jax.lax.dynamic_slice_in_dim(bits, feature, 1, axis=1)
@@ -188,7 +181,7 @@ def of_kernels(params: Tree) -> dict[str, Any]:
     among the kernels, as in the paper's code; while it is 0, its correlations are 1 and the
     diversity is minus infinity.
     """
-    by_layer = kernels(params)
+    by_layer = kernels_by_layer(params)
     forward = {k: forward_correlation(x) for k, x in by_layer.items() if x.shape[-1] > 1}
     backward = {k: backward_correlation(x) for k, x in by_layer.items() if x.shape[-2] > 1}
     return {
@@ -206,7 +199,7 @@ def of_layer_outputs(
         'signal': {k: second_moment(x) for k, x in activations.items()},
         'feature_variance': {k: feature_variance(x) for k, x in activations.items()},
         'effective_width': {k: effective_width(x) for k, x in activations.items()},
-        'unique_activations': {k: unique_features(x) for k, x in activations.items()},
+        'unique_activations': {k: count_unique_features(x) for k, x in activations.items()},
         'gradient': {k: second_moment(x) for k, x in gradients.items()},
         'gradient_variance': {k: feature_variance(x) for k, x in gradients.items()},
     }

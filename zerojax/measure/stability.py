@@ -21,6 +21,7 @@ size, or are swallowed (`rounded_away`). In float64 the bound is far below.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -125,7 +126,8 @@ def growth(
             linearised step is not finite.
     """
     params, rest = state
-    if not symmetry.is_symmetric(params, feature_axes, orbits):
+    check = functools.partial(symmetry.is_symmetric, feature_axes=feature_axes, orbits=orbits)
+    if not jax.jit(check)(params):  # eagerly, each shape would be compiled
         raise ValueError('state: its params are not symmetric')
     count = len(jax.tree.leaves(tangents)[0])
     still = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), _floats(rest))

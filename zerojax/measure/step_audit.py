@@ -1,6 +1,8 @@
 """What a machine can be trusted with: noise and symmetry of one train step, and the verdict.
 
-Nothing here knows of configs, files or flags.
+The top storey of the audit: all that one train step gives, by `noise` and `equal_features`; what
+the verdict says and how it looks. The command above it, which knows of configs, files and flags, is
+`zerojax.audit`.
 """
 
 import dataclasses
@@ -14,7 +16,8 @@ import optax
 
 from zerojax import symmetry
 from zerojax.measure import equal_features
-from zerojax.measure.noise import Operation, Spread, noise_floor, operations_that_may_not_repeat
+from zerojax.measure.compiled import Operation, operations_that_may_not_repeat
+from zerojax.measure.noise import Spread, noise_floor
 from zerojax.models import Network
 from zerojax.step import Batch, TrainState, cross_entropy
 

@@ -1,11 +1,11 @@
 """The optimizers of the paper's code: SGD with coupled L2, RAdam; freezing; the schedule."""
 
-import re
 from typing import Any
 
 import jax
 import optax
-from flax.traverse_util import flatten_dict, unflatten_dict
+
+from zerojax import perturb
 
 Number = float | jax.Array  # may be traced, so that runs share an executable
 
@@ -59,8 +59,7 @@ def freeze(tx: optax.GradientTransformation, layers: str) -> optax.GradientTrans
     """
 
     def frozen(params: Any) -> Any:
-        flat = flatten_dict(params, sep='/')
-        return unflatten_dict({path: bool(re.match(layers, path)) for path in flat}, sep='/')
+        return perturb.is_chosen(params, layers)
 
     def learning(params: Any) -> Any:
         return jax.tree.map(lambda x: not x, frozen(params))

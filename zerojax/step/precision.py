@@ -9,7 +9,10 @@ import jax.numpy as jnp
 
 
 def at_least_float32(dtype: Any) -> Any:
-    """The dtype itself, or float32 for floats of less precision."""
+    """The dtype itself, or float32 for floats of less precision.
+
+    Sums over thousands of numbers need more digits than bfloat16 has.
+    """
     return dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
 
 

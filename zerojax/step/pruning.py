@@ -5,12 +5,13 @@ each layer, set the rest back to what they were at the start (or at an early ste
 control removes as many weights of each layer at random.
 """
 
-import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
+
+from zerojax import perturb
 
 Tree = Any
 
@@ -32,12 +33,11 @@ def magnitude_mask(params: Tree, fraction: float, layers: str = LAYERS) -> Tree:
     `layers` is a regular expression on '/'-joined paths, matched from the start; arrays that it
     does not choose are kept whole. `fraction` is in [0, 1); of n weights int(fraction · n) go.
     """
-    flat = flatten_dict(params, sep='/')
-    masks = {
-        path: _mask(jnp.abs(x), fraction) if re.match(layers, path) else jnp.ones(x.shape, bool)
-        for path, x in flat.items()
-    }
-    return unflatten_dict(masks, sep='/')
+
+    def mask(x: jax.Array, chosen: bool) -> jax.Array:
+        return _mask(jnp.abs(x), fraction) if chosen else jnp.ones(x.shape, bool)
+
+    return jax.tree.map(mask, params, perturb.is_chosen(params, layers))
 
 
 def random_mask(params: Tree, fraction: float, key: jax.Array, layers: str = LAYERS) -> Tree:

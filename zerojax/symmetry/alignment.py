@@ -6,35 +6,14 @@ network's function as it is. Which axes those are is what a model's `feature_axe
 declaration. Runs on the host, in float64.
 """
 
-from typing import Any
-
 import numpy as np
 from flax.traverse_util import unflatten_dict
 from scipy.optimize import linear_sum_assignment
 
-from zerojax.symmetry import named_axes
+from zerojax.symmetry.orbits import Tree, feature_counts, named_axes
 
-Tree = Any
 Permutations = dict[str, np.ndarray]
 Names = dict[int, str]  # of the named axes of an array
-
-
-def feature_counts(tree: Tree, feature_axes: Tree) -> dict[str, int]:
-    """Number of features along each axis name, in the order of the declaration.
-
-    Raises:
-        ValueError: tree and declaration do not fit each other, or two axes of one name differ in
-            length.
-    """
-    counts: dict[str, int] = {}
-    for path, x, names in named_axes(tree, feature_axes):
-        for axis, name in names.items():
-            if counts.setdefault(name, x.shape[axis]) != x.shape[axis]:
-                raise ValueError(
-                    f'{"/".join(path)}: axis {name!r} has {x.shape[axis]} features, '
-                    f'elsewhere {counts[name]}'
-                )
-    return counts
 
 
 def permute(tree: Tree, feature_axes: Tree, permutations: Permutations) -> Tree:
@@ -75,7 +54,8 @@ def weight_matching(a: Tree, b: Tree, feature_axes: Tree) -> Permutations:
     Raises:
         ValueError: a tree does not fit the declaration, or their shapes differ.
     """
-    if feature_counts(a, feature_axes) != feature_counts(b, feature_axes):
+    counts = feature_counts(a, feature_axes)
+    if counts != feature_counts(b, feature_axes):
         raise ValueError('a and b differ in their numbers of features')
     arrays = [
         (np.asarray(x, np.float64), np.asarray(y, np.float64), names)
@@ -83,7 +63,6 @@ def weight_matching(a: Tree, b: Tree, feature_axes: Tree) -> Permutations:
             named_axes(a, feature_axes), named_axes(b, feature_axes), strict=True
         )
     ]
-    counts = feature_counts(a, feature_axes)
     permutations = {name: np.arange(count) for name, count in counts.items()}
     closer = True
     while closer:

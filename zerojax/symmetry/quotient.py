@@ -20,6 +20,7 @@ statistics of a LayerNorm do, and are the same only if all orbits have one size)
 treats each weight by itself: SGD, Adam and weight decay do, clipping by the global norm does not.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -27,7 +28,8 @@ import numpy as np
 import optax
 from flax.traverse_util import unflatten_dict
 
-from zerojax.symmetry import Orbits, Tree, is_symmetric, named_axes
+from zerojax.symmetry.measures import is_symmetric
+from zerojax.symmetry.orbits import Orbits, Tree, named_axes
 
 
 def reduce(tree: Tree, feature_axes: Tree, orbits: Orbits) -> Tree:
@@ -44,7 +46,8 @@ def reduce(tree: Tree, feature_axes: Tree, orbits: Orbits) -> Tree:
     kept = {name: np.unique(first) for name, first in orbits.first.items()}
     lengths = {name: len(first) for name, first in orbits.first.items()}
     reduced = _take_along_named(tree, feature_axes, kept, lengths)
-    if not is_symmetric(tree, feature_axes, orbits):
+    check = functools.partial(is_symmetric, feature_axes=feature_axes, orbits=orbits)
+    if not jax.jit(check)(tree):  # eagerly, each shape would be compiled
         raise ValueError('no quotient: features of one orbit differ')
     return reduced
 

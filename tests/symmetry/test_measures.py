@@ -1,0 +1,173 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import trees
+
+from zerojax import symmetry
+
+AXES = {
+    'conv': {'kernel': (None, None, 'a', 'b')},
+    'bn': {'scale': ('b',), 'bias': ('b',)},
+    'head': {'kernel': ('b', None), 'bias': (None,)},
+}
+DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
+
+
+def symmetric_tree(dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    tree = {
+        'conv': {'kernel': np.tile(rng.normal(size=(3, 3, 1, 1)), (1, 1, 5, 7))},
+        'bn': {'scale': np.full(7, 0.3), 'bias': np.zeros(7)},
+        'head': {'kernel': np.tile(rng.normal(size=(1, 4)), (7, 1)), 'bias': np.arange(4)},
+    }
+    return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+
+def all_measures(orbits):
+    """tree -> symmetric, asymmetry and distance, for a tree with the axes of `trees`."""
+
+    def largest(by_layer):
+        return jnp.max(jnp.stack(list(by_layer.values())))
+
+    return lambda tree: (
+        symmetry.is_symmetric(tree, trees.AXES, orbits),
+        largest(symmetry.asymmetry(tree, trees.AXES, orbits)),
+        largest(symmetry.distance(tree, trees.AXES, orbits)),
+    )
+
+
+@jax.jit
+def measured(tree):
+    return symmetry.is_symmetric(tree, AXES), symmetry.asymmetry(tree, AXES)
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_a_symmetric_tree_measures_exactly_zero(dtype):
+    tree = symmetric_tree(dtype)
+    assert measured(tree) == (True, {'conv': 0.0, 'bn': 0.0, 'head': 0.0})
+    assert symmetry.unique_features(tree, AXES) == {'conv': 1, 'bn': 1, 'head': 1}
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize(
+    'module,name,index',
+    [
+        ('conv', 'kernel', (0, 2, 0, 6)), ('conv', 'kernel', (0, 2, 4, 0)), ('bn', 'scale', (1,)),
+        ('bn', 'bias', (0,)), ('head', 'kernel', (3, 2)),
+    ],
+)  # fmt: skip
+def test_one_bit_in_one_weight_is_seen_and_its_layer_named(dtype, module, name, index):
+    """Also where it makes a 0 the smallest subnormal number."""
+    tree = trees.changed(symmetric_tree(dtype), module, name, index, trees.next_above)
+    symmetric, asymmetry = measured(tree)
+    assert not symmetric
+    assert {layer for layer, value in asymmetry.items() if value > 0} == {module}
+
+
+def test_asymmetry_is_relative_to_the_largest_weight_of_the_same_features():
+    """And taken from the first feature."""
+    tree = symmetric_tree()
+    tree['bn']['scale'] = np.float32([2, 2, 2, 2, 2.5, 2, 1])
+    tree['head']['kernel'] = np.zeros((7, 4), np.float32)
+    tree['head']['kernel'][3, 3] = -1e-3
+    weight = max(np.abs(tree['conv']['kernel']).max(), 2.5)
+    _, asymmetry = measured(tree)
+    assert asymmetry['bn'] == np.float32(1.0 / weight)
+    assert asymmetry['head'] == pytest.approx(1e-3 / weight, rel=1e-6)
+    assert asymmetry['conv'] == 0
+
+
+def test_axes_without_a_name_do_not_count():
+    symmetric, _ = measured(trees.changed(symmetric_tree(), 'head', 'bias', 3, lambda _: 9.0))
+    assert symmetric
+
+
+def test_unique_features_counts_distinct_slices_of_the_last_named_axis():
+    tree = symmetric_tree()
+    tree['conv']['kernel'][..., 3:5] *= 2
+    tree['conv']['kernel'][0, 0, 0, 6] *= -1
+    tree['head']['kernel'] = np.zeros((7, 4), np.float32)
+    tree['head']['kernel'][2, 1], tree['head']['kernel'][5, 0] = -0.0, 1e-45
+    counts = symmetry.unique_features(tree, AXES)
+    assert counts == {'conv': 3, 'bn': 1, 'head': 2}
+
+
+def test_projection_is_symmetric_idempotent_and_keeps_symmetric_trees_bit_for_bit():
+    tree = symmetric_tree()
+    rng = np.random.default_rng(1)
+    noisy = jax.tree.map(lambda x: x + rng.normal(size=x.shape).astype(x.dtype), tree)
+    project = jax.jit(lambda tree: symmetry.project(tree, AXES))
+    projected = project(noisy)
+    assert not measured(noisy)[0]
+    assert measured(projected)[0]
+    jax.tree.map(np.testing.assert_array_equal, project(projected), projected)
+    jax.tree.map(np.testing.assert_array_equal, project(tree), tree)
+    np.testing.assert_array_equal(projected['head']['bias'], noisy['head']['bias'])
+
+
+def test_a_declaration_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match='bn/bias'):
+        symmetry.is_symmetric(symmetric_tree(), AXES | {'bn': {'scale': ('b',)}})
+
+
+def test_within_its_orbits_a_tree_is_symmetric_and_otherwise_not():
+    tree = trees.tree_with_orbits()
+    measure = jax.jit(all_measures(trees.ORBITS))
+    assert measure(tree) == (True, 0.0, 0.0)
+    symmetric, asymmetry, distance = jax.jit(all_measures(None))(tree)
+    assert not symmetric and asymmetry > 0 and distance > 0
+    for layer, name, index in (('in', 'kernel', (0, 2)), ('mid', 'kernel', (2, 3))):
+        changed = trees.changed(tree, layer, name, index, trees.next_above)
+        symmetric, asymmetry, _ = measure(changed)
+        assert not symmetric and asymmetry > 0
+
+
+def test_projection_keeps_orbits_apart():
+    tree = trees.tree_with_orbits()
+    project = jax.jit(lambda tree: symmetry.project(tree, trees.AXES, trees.ORBITS))
+    jax.tree.map(np.testing.assert_array_equal, project(tree), tree)
+    rng = np.random.default_rng(1)
+    noisy = jax.tree.map(lambda x: x + rng.normal(size=x.shape).astype(x.dtype), tree)
+    projected = project(noisy)
+    assert symmetry.is_symmetric(projected, trees.AXES, trees.ORBITS)
+    assert symmetry.find_orbits(projected, trees.AXES).counts() == trees.ORBITS.counts()
+
+
+def test_an_identity_between_equal_features_is_symmetric():
+    tree = trees.identity_tree()
+    orbits = symmetry.find_orbits(tree, trees.AXES)
+    measure = jax.jit(all_measures(orbits))
+    assert measure(tree) == (True, 0.0, 0.0)
+    assert symmetry.unique_features(tree, trees.AXES, orbits) == {'in': 1, 'mid': 1}
+    projected = symmetry.project(tree, trees.AXES, orbits)
+    jax.tree.map(np.testing.assert_array_equal, projected, tree)
+    for index in ((0, 1), (2, 2)):
+        changed = trees.changed(tree, 'mid', 'kernel', index, lambda x: x + 1e-3)
+        symmetric, asymmetry, distance = measure(changed)
+        assert not symmetric and asymmetry > 0 and distance > 0
+        assert symmetry.unique_features(changed, trees.AXES, orbits)['mid'] == 2
+
+
+@pytest.mark.parametrize('tree', [trees.tree_with_orbits(), trees.identity_tree()])
+def test_distance_is_that_to_the_nearest_symmetric_tree(tree):
+    """In float64 against the mean over every class of weights that must be equal; and no symmetric
+    tree is nearer than the mean."""
+    orbits = symmetry.find_orbits(tree, trees.AXES)
+    rng = np.random.default_rng(2)
+    noisy = jax.tree.map(lambda x: x + rng.normal(size=x.shape), tree)
+    with jax.enable_x64(True):
+        measured = jax.jit(lambda tree: symmetry.distance(tree, trees.AXES, orbits))(noisy)
+    for layer, arrays in noisy.items():
+        square = 0.0
+        for name, x in arrays.items():
+            index = orbits.entries.get((layer, name))
+            if index is None:
+                index = np.arange(x.size).reshape(x.shape)
+                for axis, axis_name in enumerate(trees.AXES[layer][name]):
+                    if axis_name is not None:
+                        index = np.take(index, orbits.first[axis_name], axis)
+            for each in np.unique(index):
+                members = x[index == each]
+                square += ((members - members.mean()) ** 2).sum()
+        assert float(measured[layer]) == pytest.approx(np.sqrt(square), rel=1e-13)
