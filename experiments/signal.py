@@ -23,7 +23,7 @@ from zerojax import models
 from zerojax.host import records
 from zerojax.measure import metrics
 from zerojax.run import data
-from zerojax.run.train import resolve
+from zerojax.run.checks import resolve
 from zerojax.step.determinism import jit_in_mode
 
 DEPTH = 28
@@ -73,10 +73,10 @@ def measure(model: models.Network, images: jax.Array, seed: int, mode: str) -> M
 
 
 def run(experiment: runs.Experiment) -> None:
-    dataset = runs.dataset_of(experiment.config)
+    dataset = data.load_of(experiment.config)
     config = resolve(experiment.config, dataset)
-    mean, std = (np.array(x, np.float32) for x in (config.dataset.mean, config.dataset.std))
-    images = data.normalize(jnp.asarray(dataset.train.images[: config.batch_size]), mean, std)
+    images = jnp.asarray(dataset.train.images[: config.batch_size])
+    images = data.normalize(images, *data.normalization(config))
     measured: dict[str, list[Measured]] = {}
     for network, arguments in NETWORKS.items():
         print(f'-- signal: {network}', flush=True)

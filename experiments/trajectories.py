@@ -61,11 +61,8 @@ def first_at_least(asymmetry: np.ndarray, threshold: float) -> int | None:
 def read_trajectory(workdir: pathlib.Path) -> Trajectory:
     """That of a finished run that logged each step."""
     summary = records.read_json(workdir / 'summary.json')
-    lines = [
-        line
-        for line in map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
-        if line['kind'] == 'train'
-    ]
+    lines = records.read_metrics(workdir / 'metrics.jsonl')
+    lines = [line for line in lines if line['kind'] == 'train']
     return Trajectory(
         np.array([line['loss'] for line in lines]),
         np.array([line['asymmetry'] for line in lines]),
@@ -127,7 +124,7 @@ class Laboratory:
 
     def remember(self, compute: Callable[[], records.Record], **what: Any) -> records.Record:
         """What `compute` returns, computed only once for this config and these fields."""
-        fields = {'config': json.loads(json.dumps(self.config.to_dict())), **what}
+        fields = {'config': config_lib.as_json(self.config), **what}
         name = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:20]
         file = self.folder / f'{name}.json'
         if not file.exists():

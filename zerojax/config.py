@@ -315,14 +315,19 @@ def read(file: pathlib.Path) -> ConfigDict:
     return config
 
 
-def build_model(config: ConfigDict, num_classes: int) -> models.Network:
-    """The config's network.
+def build_model(
+    config: ConfigDict, num_classes: int, *, dropout: float | None = None
+) -> models.Network:
+    """The config's network, with another rate of dropout if one is given.
 
     Raises:
         UsageError: names the field of `config.model` that is wrong.
     """
+    fields = dict(config.model)
+    if dropout is not None:
+        fields['dropout'] = dropout
     try:
-        return models.create(**config.model, num_classes=num_classes)
+        return models.create(**fields, num_classes=num_classes)
     except ValueError as error:
         raise UsageError(f'model.{error}') from error
 
@@ -342,3 +347,8 @@ def build_perturbation(
         return perturb.Perturbation(**fields)
     except ValueError as error:
         raise UsageError(f'perturbation.{error}') from error
+
+
+def as_json(config: ConfigDict) -> dict[str, Any]:
+    """The config's fields as a JSON file gives them back: tuples are lists."""
+    return json.loads(json.dumps(config.to_dict()))

@@ -280,3 +280,21 @@ def params_sha256(params: Any) -> str:
         array = np.ascontiguousarray(x)
         digest.update(array.astype(array.dtype.newbyteorder('<')).tobytes())
     return digest.hexdigest()
+
+
+def read_metrics(file: pathlib.Path) -> list[Record]:
+    """The whole lines of a `metrics.jsonl`; the last one may be half written.
+
+    Raises:
+        ValueError: a line is damaged.
+    """
+    whole, _, _ = file.read_text().rpartition('\n')
+    lines = []
+    for number, text in enumerate(whole.splitlines(), start=1):
+        try:
+            line = json.loads(text)
+            line['step'], line['kind']
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f'{file.name}, line {number}: damaged') from error
+        lines.append(line)
+    return lines

@@ -5,6 +5,7 @@ are written as suffixes: B batch, H and W space, C channels, N examples.
 """
 
 import dataclasses
+import functools
 import hashlib
 import http.client
 import pathlib
@@ -18,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from zerojax.host.errors import UsageError
 
@@ -361,3 +363,21 @@ def mixup(
         return share * x + (1 - share) * x[order_B]
 
     return mix(images), mix(one_hot_BxN)
+
+
+_load_newest = functools.lru_cache(maxsize=1)(load)
+
+
+def load_of(config: ConfigDict) -> Dataset:
+    """The config's data; the newest dataset is kept, for runs of it that follow one another.
+
+    Raises:
+        UsageError: as `load`.
+    """
+    fields = config.dataset
+    return _load_newest(fields.name, fields.data_dir, fields.train_split, fields.eval_split)
+
+
+def normalization(config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
+    """A resolved config's mean and standard deviation of each channel, float32 [C]."""
+    return np.array(config.dataset.mean, np.float32), np.array(config.dataset.std, np.float32)
