@@ -12,6 +12,7 @@ seeds. `--config` gives width, batch and images; layers.csv holds every number. 
 """
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -49,8 +50,13 @@ QUANTITIES = {
 Measured = dict[str, dict[str, float]]
 
 
-def measure(model: models.Network, images: jax.Array, seed: int, mode: str) -> Measured:
-    """{quantity: {layer: value}} of a newly initialised network on images [B, H, W, C]."""
+def make_measurement(
+    model: models.Network, images: jax.Array, mode: str
+) -> Callable[[int], Measured]:
+    """A function of a seed: {quantity: {layer: value}} of the newly initialised network.
+
+    `images` [B, H, W, C] are what it is measured on.
+    """
 
     def measure(key: jax.Array, images: jax.Array) -> dict[str, Any]:
         init_key, readout_key = jax.random.split(key)
@@ -65,11 +71,16 @@ def measure(model: models.Network, images: jax.Array, seed: int, mode: str) -> M
 
         return metrics.of_layer_outputs(*metrics.layer_outputs(loss, model.layers()))
 
-    measured = jax.device_get(jit_in_mode(measure, mode)(jax.random.key(seed), images))
-    return {
-        quantity: {layer: measured[quantity][layer].item() for layer in model.layers()}
-        for quantity in QUANTITIES
-    }
+    compiled = jit_in_mode(measure, mode)
+
+    def measure_seed(seed: int) -> Measured:
+        measured = jax.device_get(compiled(jax.random.key(seed), images))
+        return {
+            quantity: {layer: measured[quantity][layer].item() for layer in model.layers()}
+            for quantity in QUANTITIES
+        }
+
+    return measure_seed
 
 
 def run(experiment: runs.Experiment) -> None:
@@ -87,10 +98,8 @@ def run(experiment: runs.Experiment) -> None:
             num_classes=dataset.num_classes,
             convolution=config.model.convolution,
         )
-        measured[network] = [
-            measure(model, images, seed, config.determinism.mode)
-            for seed in range(experiment.seeds)
-        ]
+        measure = make_measurement(model, images, config.determinism.mode)
+        measured[network] = [measure(seed) for seed in range(experiment.seeds)]
     layers = [
         {
             'network': network,

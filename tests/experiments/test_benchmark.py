@@ -1,16 +1,19 @@
 """The benchmark: what it counts and divides by. How fast anything is, is not tested."""
 
+import contextlib
 import csv
+import io
+import json
 import types
 
 import jax
 import pytest
 
-from experiments.performance import benchmark
-from experiments.performance.benchmark import Row
+from experiments.performance import benchmark, measuring
+from experiments.performance.measuring import Row
 from zerojax.host.errors import RunError, UsageError
 
-ROW = Row(depth=7, width=1, size=8, channels=1, batch_size=16, precision='float32')
+ROW = Row(depth=7, width=1, size=8, channels=1, batch_size=128, precision='float32')
 FOUND = {
     'train': {'median': 200.0, 'least': 150.0, 'most': 250.0},
     'evaluation': {'median': 500.0, 'least': 400.0, 'most': 600.0},
@@ -29,7 +32,7 @@ def clock(monkeypatch):
     """Stands still but for what is added to it."""
     clock = types.SimpleNamespace(now=0.0)
     clock.perf_counter = lambda: clock.now
-    monkeypatch.setattr(benchmark, 'time', clock)
+    monkeypatch.setattr(measuring, 'time', clock)
     return clock
 
 
@@ -43,7 +46,7 @@ def test_calls_take_turns_and_are_timed_singly(clock):
 
         return call
 
-    got = benchmark.time_in_turns(
+    got = measuring.time_in_turns(
         {'short': lasting('short', 2), 'long': lasting('long', 5)}, 3, 6.0
     )
     assert got['short'] == {'median': 2, 'least': 2, 'most': 2}
@@ -52,7 +55,7 @@ def test_calls_take_turns_and_are_timed_singly(clock):
 
 
 def test_the_slowest_repetition_is_the_lowest_rate():
-    got = benchmark.rates(12, benchmark.spread([1.0, 2.0, 6.0]))
+    got = measuring.rates(12, measuring.median_and_range([1.0, 2.0, 6.0]))
     assert got == {'median': 6.0, 'least': 2.0, 'most': 12.0}
 
 
@@ -71,25 +74,27 @@ def multiplications(row: Row) -> int:
     return count + features * 10
 
 
-@pytest.mark.parametrize(('size', 'channels', 'share'), [(8, 1, 1.2), (16, 3, 0.95)])
-def test_flops_are_those_of_one_step(size, channels, share):
-    """Twice the multiplications, three times: forward, and backward to inputs and weights.
-
-    A call makes several steps of 8x8 images. Patches are multiplied at the padding too, direct
-    convolutions are not; all else is little.
-    """
-    row = Row(7, 1, size, channels, batch_size=128, precision='float32')
-    with jax.numpy_dtype_promotion('standard'):
-        stepper = benchmark.Stepper(benchmark.build_config(row), benchmark.random_dataset(row))
-    flops = stepper.executable.cost_analysis()['flops']
+def assert_those_of_one_step(flops: float, row: Row, share: float) -> None:
+    """Twice the multiplications, three times: forward, and backward to inputs and weights."""
     assert flops == pytest.approx(share * 6 * multiplications(row) * row.batch_size, rel=0.1)
 
 
+def test_flops_of_a_call_of_one_step():
+    """Direct convolutions multiply nothing at the padding; all else is little."""
+    row = Row(7, 1, 16, 3, batch_size=128, precision='float32')
+    with jax.numpy_dtype_promotion('standard'):
+        stepper = measuring.Stepper(benchmark.build_config(row), benchmark.random_dataset(row))
+    assert stepper.count == 1
+    assert_those_of_one_step(stepper.executable.cost_analysis()['flops'], row, 0.95)
+
+
 def test_a_row_is_measured(monkeypatch):
+    """A call makes several steps of 8x8 images; their patches are multiplied at the padding too."""
     monkeypatch.setattr(benchmark, 'SECONDS', 0.0)
     with jax.numpy_dtype_promotion('standard'):
         found = benchmark.measure(ROW, repetitions=1)
     assert found.keys() == FOUND.keys()
+    assert_those_of_one_step(found['flops a step'], ROW, 1.2)
     seconds = ROW.batch_size / found['train']['median']
     assert found['milliseconds a step'] == pytest.approx(1e3 * seconds)
     numbers = [value for value in found.values() if isinstance(value, float | int)]
@@ -119,7 +124,7 @@ def test_without_pytorch_its_columns_are_empty(monkeypatch):
 
 
 def test_a_process_that_fails_is_named(monkeypatch, capsys):
-    bad = Row(depth=8, width=1, size=8, channels=1, batch_size=16, precision='float32')
+    bad = Row(depth=8, width=1, size=8, channels=1, batch_size=128, precision='float32')
     monkeypatch.setattr(benchmark, 'in_process', lambda kind, *_: (None, 1.0))
     with pytest.raises(RunError, match='digits-8-1-16-f32'):
         benchmark.measure_row(bad, 1, with_torch=False)
@@ -130,10 +135,13 @@ def test_a_process_that_fails_is_named(monkeypatch, capsys):
 
 def test_the_command(monkeypatch, tmp_path, capsys):
     argv = ['benchmark', f'--workdir={tmp_path}', '--rows=digits-10-1-32-f32']
-    in_process = benchmark.in_process
 
-    def measured(kind, *arguments):
-        return in_process(kind) if kind == 'machine' else (FOUND, 1.0)
+    def measured(kind, *_):
+        if kind != 'machine':
+            return FOUND, 1.0
+        with contextlib.redirect_stdout(io.StringIO()) as printed:  # of the child, in this process
+            assert benchmark.main(['benchmark', '--child=["machine", null, 1]']) == 0
+        return json.loads(printed.getvalue()), 1.0
 
     monkeypatch.setattr(benchmark, 'in_process', measured)
     assert benchmark.main(argv) == 0
