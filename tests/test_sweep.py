@@ -66,6 +66,7 @@ def files_of(workdir):
 
 
 def test_runs_share_a_program_and_are_those_of_train_alone(tiny_config, tmp_path, count_programs):
+    tiny_config.num_steps = tiny_config.eval_every_steps = 10
     jobs = variants(tiny_config, tmp_path / 'swept', **GRID)
     summaries = sweep.sweep(jobs, runs_at_once=1)
     # A program is traced twice: once for the shapes of its metrics, once to be compiled.
