@@ -53,7 +53,7 @@ def arms() -> dict[str, dict[str, object]]:
     }
 
 
-def correlation_curve(run: runs.Run, direction: str) -> list[float]:
+def correlation_curve(run: runs.FinishedRun, direction: str) -> list[float]:
     """-ln |c| at each evaluation, mean over the block convolutions; 0 where features are equal."""
     return [
         float(
@@ -69,7 +69,7 @@ def correlation_curve(run: runs.Run, direction: str) -> list[float]:
     ]
 
 
-def draw(experiment: runs.Experiment, by_arm: dict[str, list[runs.Run]]) -> None:
+def draw(experiment: runs.Experiment, by_arm: dict[str, list[runs.FinishedRun]]) -> None:
     figure, (accuracy, forward, backward) = runs.new_figure(1, 3, width=13, height=5)
     for i, (arm, its_runs) in enumerate(by_arm.items()):
         look = {**runs.style(i), 'label': arm, 'lw': 1.5}

@@ -10,7 +10,6 @@ so. 3 seeds, in five minutes on two CPU cores. See `experiments.runs` for flags 
 """
 
 import dataclasses
-import json
 import sys
 
 import numpy as np
@@ -18,6 +17,7 @@ import numpy as np
 from experiments import runs
 from experiments.trajectories import Laboratory, Trajectory
 from zerojax import audit
+from zerojax import config as config_lib
 from zerojax.host import manifest, records
 from zerojax.measure import step_audit
 from zerojax.perturb import NONE, Perturbation
@@ -29,7 +29,7 @@ REPEATS = 10
 def noise_floor(experiment: runs.Experiment) -> tuple[float, list[str]]:
     """Largest relative noise of any gradient of a weight in repeated calls, and the verdict."""
     file = experiment.workdir / 'audit.json'
-    fields = json.loads(json.dumps(experiment.config.to_dict()))
+    fields = config_lib.as_json(experiment.config)
     here = {
         name: value
         for name, value in manifest.environment().items()

@@ -43,7 +43,7 @@ def unique(layers: list[list[dict[str, Any]]], evaluation: int) -> str:
     return ', '.join(str(count) for count in sorted(counts))
 
 
-def draw(experiment: runs.Experiment, by_arm: dict[str, list[runs.Run]]) -> None:
+def draw(experiment: runs.Experiment, by_arm: dict[str, list[runs.FinishedRun]]) -> None:
     figure, panels = runs.new_figure(1, 2, width=10, height=5)
     for axes, kind in zip(panels, PERTURBATIONS, strict=True):
         for i, string in enumerate(STRINGS):

@@ -26,7 +26,7 @@ MASKS = {'magnitude': 'smallest removed', 'random': 'random mask'}
 
 
 def run(experiment: runs.Experiment) -> None:
-    results: dict[tuple[str, str, float], list[runs.Run]] = {}
+    results: dict[tuple[str, str, float], list[runs.FinishedRun]] = {}
     for network, fields in NETWORKS.items():
         dense = f'{network} dense'
         config = experiment.config
@@ -71,7 +71,7 @@ def run(experiment: runs.Experiment) -> None:
 
 
 def draw(
-    experiment: runs.Experiment, results: dict[tuple[str, str, float], list[runs.Run]]
+    experiment: runs.Experiment, results: dict[tuple[str, str, float], list[runs.FinishedRun]]
 ) -> None:
     figure, axes = runs.new_figure(1, 1, width=6, height=4)
     for i, network in enumerate(NETWORKS):

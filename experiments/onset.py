@@ -98,10 +98,11 @@ class Prediction(Laboratory):
             mode = self.config.determinism.mode
             counting, step = jit_in_mode(count, mode), jit_in_mode(self.train_step, mode)
             steps = []
-            for _, source in zip(range(KINK_STEPS), self.sources(state), strict=False):
+            for number, source in zip(range(KINK_STEPS), self.sources(state), strict=False):
                 found = jax.device_get(counting(state, source))
                 steps.append({layer: [int(x) for x in pair] for layer, pair in found.items()})
-                state, _ = step(state, source)
+                if number + 1 < KINK_STEPS:
+                    state, _ = step(state, source)
             return {'steps': steps}
 
         return self.remember(compute, seed=seed, predict='kinks', count=KINK_STEPS)['steps']

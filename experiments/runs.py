@@ -11,9 +11,7 @@ that holds a run of another config is an error.
 """
 
 import dataclasses
-import functools
 import importlib.metadata
-import json
 import os
 import pathlib
 import platform
@@ -30,18 +28,17 @@ from ml_collections import ConfigDict
 from numpy.typing import ArrayLike
 
 from zerojax.host import records
+from zerojax.host.command import run_command
 from zerojax.host.errors import UsageError
 from zerojax.host.records import Record
 from zerojax.host.stop import exit_on_signals
-from zerojax.run import cli, data
+from zerojax.run import cli
 from zerojax.sweep import sweep
 
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#999999')
 STYLES = ('-', '--', ':')
 MAX_SEEDS = 1000
-
-load_dataset = functools.cache(data.load)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +53,8 @@ class Experiment:
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """A finished run: its arm, seed, summary.json and the lines of metrics.jsonl."""
+class FinishedRun:
+    """A run that was trained: its arm, seed, summary.json and the lines of metrics.jsonl."""
 
     arm: str
     seed: int
@@ -80,37 +77,24 @@ def main(
 
     `seeds` and `config_file` are what it takes by default.
     """
-    argv = list(sys.argv)
-    if {'-h', '--help'} & set(argv[1:]):
-        print(documentation)
-        return 0
-    exit_on_signals()
-    name = pathlib.PurePath(argv[0]).stem
+    name = pathlib.PurePath(sys.argv[0]).stem
 
-    def run_experiment() -> None:
-        flags = {argument.split('=')[0] for argument in argv[1:]}
-        number = cli.take_count(argv, 'seeds', seeds, least=1)
+    def run_experiment(argv: list[str]) -> None:
+        values = cli.text_flags(seeds=str(seeds))
+        config, workdir = cli.parse_flags(
+            argv, values, config_file=config_file, workdir=f'runs/experiments/{name}'
+        )
+        number = cli.count(values, 'seeds', least=1)
         if number > MAX_SEEDS:
             raise UsageError(f'--seeds={number}: must be at most {MAX_SEEDS}')
-        command = ' '.join(['python -m', f'experiments.{name}', *sys.argv[1:]])
-        if '--config' not in flags:
-            argv.insert(1, f'--config={config_file}')
-        if '--workdir' not in flags:
-            argv.insert(1, f'--workdir=runs/experiments/{name}')
-        config, workdir = cli.parse_flags(argv)
         cli.make_folder(workdir)
         # Runs that differ only in their seed share executables.
         jax.config.update('jax_compilation_cache_dir', str(workdir / 'compilation_cache'))
         jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+        command = ' '.join(['python -m', f'experiments.{name}', *argv[1:]])
         run(Experiment(name, command, config, workdir, number))
 
-    return cli.exit_status(run_experiment)
-
-
-def dataset_of(config: ConfigDict) -> data.Dataset:
-    """The config's data, loaded once for all runs."""
-    settings = config.dataset
-    return load_dataset(settings.name, settings.data_dir, settings.train_split, settings.eval_split)
+    return run_command(run_experiment, sys.argv, documentation, exit_on_signals)
 
 
 def changed(config: ConfigDict, **fields: Any) -> ConfigDict:
@@ -122,7 +106,7 @@ def changed(config: ConfigDict, **fields: Any) -> ConfigDict:
 
 def train_all(
     experiment: Experiment, arms: dict[str, dict[str, Any]], *, only_seed: int | None = None
-) -> list[Run]:
+) -> list[FinishedRun]:
     """Trains each arm (name: changed fields) with each seed (or one), unless it is finished.
 
     The seed decides everything random in the run, the perturbation included.
@@ -139,9 +123,8 @@ def train_all(
     runs = []
     for (arm, seed), summary in zip(jobs, sweep(list(jobs.values())), strict=True):
         workdir = run_folder(experiment, arm, seed)
-        text = (workdir / 'metrics.jsonl').read_text()
-        lines = [json.loads(line) for line in text.splitlines()]
-        runs.append(Run(arm, seed, workdir, summary, lines))
+        lines = records.read_metrics(workdir / 'metrics.jsonl')
+        runs.append(FinishedRun(arm, seed, workdir, summary, lines))
     return runs
 
 
@@ -159,7 +142,7 @@ def mean_and_deviation(values: Sequence[float], digits: int = 3) -> str:
     return f'{mean} ± {statistics.stdev(values):.{digits}f}'
 
 
-def accuracies(runs: Sequence[Run]) -> dict[str, str]:
+def accuracies(runs: Sequence[FinishedRun]) -> dict[str, str]:
     """The columns on accuracy: that of the last evaluation, and the best of all."""
     return {
         'n': str(len(runs)),
@@ -168,9 +151,9 @@ def accuracies(runs: Sequence[Run]) -> dict[str, str]:
     }
 
 
-def by_arm(runs: Sequence[Run]) -> dict[str, list[Run]]:
+def by_arm(runs: Sequence[FinishedRun]) -> dict[str, list[FinishedRun]]:
     """Runs of each arm, arms in the order of their first run."""
-    arms: dict[str, list[Run]] = {}
+    arms: dict[str, list[FinishedRun]] = {}
     for run in runs:
         arms.setdefault(run.arm, []).append(run)
     return arms

@@ -12,6 +12,7 @@ seeds. `--config` gives width, batch and images; layers.csv holds every number. 
 """
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,7 +23,8 @@ from experiments import runs
 from zerojax import models
 from zerojax.host import records
 from zerojax.measure import metrics
-from zerojax.run.train import resolve
+from zerojax.run import data
+from zerojax.run.checks import resolve
 from zerojax.step.batch import normalize
 from zerojax.step.determinism import jit_in_mode
 
@@ -49,8 +51,13 @@ QUANTITIES = {
 Measured = dict[str, dict[str, float]]
 
 
-def measure(model: models.Network, images: jax.Array, seed: int, mode: str) -> Measured:
-    """{quantity: {layer: value}} of a newly initialised network on images [B, H, W, C]."""
+def make_measurement(
+    model: models.Network, images: jax.Array, mode: str
+) -> Callable[[int], Measured]:
+    """A function of a seed: {quantity: {layer: value}} of the newly initialised network.
+
+    `images` [B, H, W, C] are what it is measured on.
+    """
 
     def measure(key: jax.Array, images: jax.Array) -> dict[str, Any]:
         init_key, readout_key = jax.random.split(key)
@@ -65,18 +72,23 @@ def measure(model: models.Network, images: jax.Array, seed: int, mode: str) -> M
 
         return metrics.of_layer_outputs(*metrics.layer_outputs(loss, model.layers()))
 
-    measured = jax.device_get(jit_in_mode(measure, mode)(jax.random.key(seed), images))
-    return {
-        quantity: {layer: measured[quantity][layer].item() for layer in model.layers()}
-        for quantity in QUANTITIES
-    }
+    compiled = jit_in_mode(measure, mode)
+
+    def measure_seed(seed: int) -> Measured:
+        measured = jax.device_get(compiled(jax.random.key(seed), images))
+        return {
+            quantity: {layer: measured[quantity][layer].item() for layer in model.layers()}
+            for quantity in QUANTITIES
+        }
+
+    return measure_seed
 
 
 def run(experiment: runs.Experiment) -> None:
-    dataset = runs.dataset_of(experiment.config)
+    dataset = data.load_of(experiment.config)
     config = resolve(experiment.config, dataset)
-    mean, std = (np.array(x, np.float32) for x in (config.dataset.mean, config.dataset.std))
-    images = normalize(jnp.asarray(dataset.train.images[: config.batch_size]), mean, std)
+    images = jnp.asarray(dataset.train.images[: config.batch_size])
+    images = normalize(images, *data.normalization(config))
     measured: dict[str, list[Measured]] = {}
     for network, arguments in NETWORKS.items():
         print(f'-- signal: {network}', flush=True)
@@ -87,10 +99,8 @@ def run(experiment: runs.Experiment) -> None:
             num_classes=dataset.num_classes,
             convolution=config.model.convolution,
         )
-        measured[network] = [
-            measure(model, images, seed, config.determinism.mode)
-            for seed in range(experiment.seeds)
-        ]
+        measure = make_measurement(model, images, config.determinism.mode)
+        measured[network] = [measure(seed) for seed in range(experiment.seeds)]
     layers = [
         {
             'network': network,

@@ -62,11 +62,8 @@ def first_at_least(asymmetry: np.ndarray, threshold: float) -> int | None:
 def read_trajectory(workdir: pathlib.Path) -> Trajectory:
     """That of a finished run that logged each step."""
     summary = records.read_json(workdir / 'summary.json')
-    lines = [
-        line
-        for line in map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
-        if line['kind'] == 'train'
-    ]
+    lines = records.read_metrics(workdir / 'metrics.jsonl')
+    lines = [line for line in lines if line['kind'] == 'train']
     return Trajectory(
         np.array([line['loss'] for line in lines]),
         np.array([line['asymmetry'] for line in lines]),
@@ -128,7 +125,7 @@ class Laboratory:
 
     def remember(self, compute: Callable[[], records.Record], **what: Any) -> records.Record:
         """What `compute` returns, computed only once for this config and these fields."""
-        fields = {'config': json.loads(json.dumps(self.config.to_dict())), **what}
+        fields = {'config': config_lib.as_json(self.config), **what}
         name = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:20]
         file = self.folder / f'{name}.json'
         if not file.exists():
@@ -150,5 +147,5 @@ class Laboratory:
         for step in range(self.config.num_steps):
             epoch, position = divmod(step, len(self.dataset.train.labels) // self.config.batch_size)
             if position == 0:
-                order = self.program.epoch_order(state.keys['order'], epoch)
-            yield Source(self.program.examples, order, scalars)
+                source = self.program.source(state, scalars, epoch)
+            yield source

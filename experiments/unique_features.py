@@ -35,7 +35,7 @@ def arms() -> dict[str, dict[str, object]]:
     }
 
 
-def draw(experiment: runs.Experiment, by_arm: dict[str, list[runs.Run]]) -> None:
+def draw(experiment: runs.Experiment, by_arm: dict[str, list[runs.FinishedRun]]) -> None:
     figure, axes = runs.new_figure(1, 1, width=6, height=4)
     per_noise = np.array_split(list(by_arm.values()), len(NOISES))
     for i, (noise, its_arms) in enumerate(zip(NOISES, per_noise, strict=True)):

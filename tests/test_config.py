@@ -1,11 +1,12 @@
 import importlib.util
+import itertools
 import pathlib
 
 import pytest
 
 from zerojax.config import check, default_config
 from zerojax.host.errors import UsageError
-from zerojax.run.cli import default_workdir, parse_flags
+from zerojax.run.cli import count, name_of, parse, parse_flags, text_flags
 
 CONFIGS = sorted((pathlib.Path(__file__).parent.parent / 'configs').glob('*.py'))
 
@@ -102,18 +103,45 @@ def test_every_config_is_valid_and_says_how_to_run_it(path):
             module.get_config('trail')
 
 
-def test_default_workdir():
-    assert default_workdir('configs/digits.py') == 'runs/digits'
-    assert default_workdir('/a/b.c/cifar.py:trial') == 'runs/cifar_trial'
+def test_the_workdir_is_named_after_the_config_unless_given():
+    assert name_of('configs/digits.py') == 'digits'
+    assert name_of('/a/b.c/cifar.py:trial') == 'cifar_trial'
+    argv = ['sweep', f'--config={CONFIGS[0].parent}/cifar.py:trial']
+    assert parse_flags(argv, workdir='runs/sweep_NAME')[1] == pathlib.Path('runs/sweep_cifar_trial')
 
 
-def test_flags_override_fields():
-    argv = ['main', f'--config={CONFIGS[0].parent}/digits.py', '--config.model.width=3',
-            '--config.optimizer.drop_at=(0.1,0.2)', '--workdir=w']  # fmt: skip
-    config, workdir = parse_flags(argv)
+@pytest.mark.parametrize('form', ['{}={}', '{} {}'])
+def test_flags_override_fields(form):
+    flags = {
+        '--config': f'{CONFIGS[0].parent}/digits.py', '--config.model.width': '3',
+        '--config.optimizer.drop_at': '(0.1,0.2)', '--workdir': 'w', '--text': 'x', '--number': '5',
+    }  # fmt: skip
+    argv = ['main', *itertools.chain(*(form.format(*flag).split() for flag in flags.items()))]
+    values = text_flags(text='default', other='default', number='3')
+    config, workdir = parse_flags(argv, values)
     assert config.model.width == 3
     assert config.optimizer.drop_at == (0.1, 0.2)
     assert workdir == pathlib.Path('w')
+    assert (values.text, values.other, count(values, 'number', least=5)) == ('x', 'default', 5)
+    with pytest.raises(UsageError, match=r'^--number=5: must be a whole number of at least 6$'):
+        count(values, 'number', least=6)
+
+
+@pytest.mark.parametrize('text', ['', 'x', '-1', '1.0', '1_0', '²', '9' * 5000])
+def test_a_count_is_a_whole_number(text):
+    values = text_flags(number=text)
+    parse(['command'], values)
+    with pytest.raises(UsageError, match=r'^--number=.*: must be a whole number of at least 0$'):
+        count(values, 'number', least=0)
+
+
+def test_arguments_that_are_no_flags_may_stand_between_them():
+    values = text_flags(output=None)
+    argv = ['compare', 'a', '--output', 'x', 'b']
+    assert parse(argv, values, positional=True) == ['a', 'b']
+    assert values.output == 'x'
+    with pytest.raises(UsageError, match=r"^command line: unexpected argument 'a'$"):
+        parse(argv, text_flags(output=None))
 
 
 def test_a_number_may_be_as_small_as_the_precision_of_the_run_has_it(config):

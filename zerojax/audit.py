@@ -30,7 +30,9 @@ from ml_collections import ConfigDict
 
 from zerojax import config as config_lib
 from zerojax.host import manifest, records
+from zerojax.host.command import run_command
 from zerojax.host.errors import RunError, UsageError
+from zerojax.host.stop import raise_on_signals
 from zerojax.measure import equal_features, noise, step_audit
 from zerojax.measure.compiled import no_compilation_cache
 from zerojax.run import checks, cli, data
@@ -184,18 +186,17 @@ def screen(config: ConfigDict, verdict: step_audit.Verdict) -> list[str]:
 
 def run(argv: list[str]) -> None:
     """The command; `argv` are the program's name and the flags."""
-    argv = list(argv)
-    tensors_to = cli.take_flag(argv, 'tensors_to')  # in the processes that the command starts
-    child_argv = list(argv)
-    repeats = cli.take_count(argv, 'repeats', 10, least=2)
-    compilations = cli.take_count(argv, 'compilations', 3, least=2)
-    processes = cli.take_count(argv, 'processes', 2, least=0)
-    config, workdir = cli.parse_flags(argv, prefix='audit_')
-    if tensors_to is not None:
+    # --tensors_to is for the processes that the command starts.
+    values = cli.text_flags(repeats='10', compilations='3', processes='2', tensors_to=None)
+    config, workdir = cli.parse_flags(argv, values, workdir='runs/audit_NAME')
+    repeats = cli.count(values, 'repeats', least=2)
+    compilations = cli.count(values, 'compilations', least=2)
+    processes = cli.count(values, 'processes', least=0)
+    if values.tensors_to is not None:
         with numbers_of(config.param_dtype):
             compiled = compile_step(prepare_step(config))
             tensors: Any = noise.flatten(compiled.run())
-        np.savez(tensors_to, **tensors)
+        np.savez(values.tensors_to, **tensors)
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -205,7 +206,7 @@ def run(argv: list[str]) -> None:
             f'--workdir={workdir}: cannot be written ({error.strerror}); name another folder'
         ) from error
     with folder as name, numbers_of(config.param_dtype):
-        verdict = audit(config, child_argv, name, repeats, compilations, processes)
+        verdict = audit(config, argv, name, repeats, compilations, processes)
     for line in screen(config, verdict):
         print(line)
     records.write_json(
@@ -222,10 +223,7 @@ def run(argv: list[str]) -> None:
 
 def main(argv: list[str]) -> int:
     """Runs the command line `argv` (with the program's name); returns the exit status."""
-    if {'-h', '--help'} & set(argv[1:]):
-        print(__doc__)
-        return 0
-    return cli.exit_status(lambda: run(argv))
+    return run_command(run, argv, __doc__, raise_on_signals)
 
 
 if __name__ == '__main__':

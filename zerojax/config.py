@@ -318,12 +318,6 @@ def read(file: pathlib.Path) -> ConfigDict:
     return config
 
 
-def as_json(config: ConfigDict) -> dict[str, Any]:
-    """The config as config.json holds it: lists in place of tuples."""
-    fields: dict[str, Any] = json.loads(json.dumps(config.to_dict()))
-    return fields
-
-
 def build_model(
     config: ConfigDict, num_classes: int, *, dropout: float | None = None
 ) -> models.Network:
@@ -332,8 +326,10 @@ def build_model(
     Raises:
         UsageError: names the field of `config.model` that is wrong.
     """
+    fields = dict(config.model)
+    if dropout is not None:
+        fields['dropout'] = dropout
     try:
-        fields = dict(config.model) | ({} if dropout is None else {'dropout': dropout})
         return models.create(**fields, num_classes=num_classes)
     except ValueError as error:
         raise UsageError(f'model.{error}') from error
@@ -354,3 +350,8 @@ def build_perturbation(
         return perturb.Perturbation(**fields)
     except ValueError as error:
         raise UsageError(f'perturbation.{error}') from error
+
+
+def as_json(config: ConfigDict) -> dict[str, Any]:
+    """The config's fields as a JSON file gives them back: tuples are lists."""
+    return json.loads(json.dumps(config.to_dict()))

@@ -27,7 +27,10 @@ from zerojax import config as config_lib
 from zerojax import interop, models
 from zerojax.host import torch_checkpoint
 from zerojax.host.checkpoint import Checkpoints, has_checkpoint
+from zerojax.host.command import run_command
 from zerojax.host.errors import UsageError
+from zerojax.host.records import read_metrics
+from zerojax.host.stop import exit_on_signals
 from zerojax.host.workdir import Workdir
 from zerojax.run import checks, cli, data
 from zerojax.run.building import new_state, scalars_of
@@ -80,9 +83,11 @@ def _check_shapes(file: pathlib.Path, theirs: Any, ours: Any) -> None:
 
 def to_torch(file: pathlib.Path, argv: list[str]) -> None:
     """The second command; `argv` are the program's name and `--workdir=DIR`."""
-    if len(argv) != 2 or not argv[1].startswith('--workdir='):
+    values = cli.text_flags(workdir=None)
+    cli.parse(argv, values)
+    if values.workdir is None:
         raise UsageError('command line: to-torch FILE.pth.tar --workdir=DIR')
-    workdir = pathlib.Path(argv[1].removeprefix('--workdir='))
+    workdir = pathlib.Path(values.workdir)
     if not has_checkpoint(workdir):
         raise UsageError(f'--workdir={workdir}: holds no checkpoint')
     with Checkpoints(workdir / 'checkpoints', read_only=True) as checkpoints:
@@ -105,24 +110,22 @@ def _progress(workdir: pathlib.Path, config: dict[str, Any], step: int) -> tuple
     if step == 0:
         return 0, 0.0
     examples = json.loads((workdir / 'manifest.json').read_text())['dataset']['train_examples']
-    lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+    lines = read_metrics(workdir / 'metrics.jsonl')
     best = max(x['accuracy'] for x in lines if x['kind'] == 'eval' and x['step'] <= step)
     return step // (examples // config['batch_size']), best
 
 
-def main(argv: list[str]) -> int:
-    """Runs the command line `argv` (with the program's name); returns the exit status."""
-    if {'-h', '--help'} & set(argv[1:]):
-        print(__doc__)
-        return 0
-    return cli.exit_status(lambda: _convert(argv))
-
-
-def _convert(argv: list[str]) -> None:
+def run(argv: list[str]) -> None:
+    """The command; `argv` are the program's name and its arguments."""
     if len(argv) < 3 or argv[1] not in ('from-torch', 'to-torch'):
         raise UsageError('command line: needs from-torch or to-torch, and a file; see --help')
     command = from_torch if argv[1] == 'from-torch' else to_torch
     command(pathlib.Path(argv[2]), [argv[0], *argv[3:]])
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command line `argv` (with the program's name); returns the exit status."""
+    return run_command(run, argv, __doc__, exit_on_signals)
 
 
 if __name__ == '__main__':

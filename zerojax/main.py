@@ -11,28 +11,27 @@ flags, config, data or workdir; 143 or 130 after SIGTERM or SIGINT, once a check
 
 import sys
 
+from zerojax.host.command import run_command
 from zerojax.host.stop import exit_on_signals
+
+
+def run(argv: list[str]) -> None:
+    """The command; `argv` are the program's name and the flags."""
+    # Imported only now, so that a signal during these slow imports ends in the right status too.
+    from zerojax.host import objectstore
+    from zerojax.run import cli
+    from zerojax.run.train import train
+
+    values = cli.text_flags(**cli.DISTRIBUTED)
+    config, workdir = cli.parse_flags(argv, values, stores=True)
+    cli.join_processes(values)
+    with objectstore.failures(workdir):
+        train(config, workdir)
 
 
 def main(argv: list[str]) -> int:
     """Runs the command line `argv` (with the program's name); returns the exit status."""
-    if {'-h', '--help'} & set(argv[1:]):
-        print(__doc__)
-        return 0
-    exit_on_signals()
-    # Imported only now, so that a signal during these slow imports ends in the right status too.
-    from zerojax.host import objectstore
-    from zerojax.run.cli import exit_status, join_processes, parse_flags
-    from zerojax.run.train import train
-
-    def run() -> None:
-        flags = list(argv)
-        join_processes(flags)
-        config, workdir = parse_flags(flags, stores=True)
-        with objectstore.failures(workdir):
-            train(config, workdir)
-
-    return exit_status(run)
+    return run_command(run, argv, __doc__, exit_on_signals)
 
 
 if __name__ == '__main__':

@@ -42,6 +42,7 @@ from ml_collections import ConfigDict
 from zerojax import config as config_lib
 from zerojax.host import distributed, records
 from zerojax.host.checkpoint import checkpoint_steps
+from zerojax.host.command import run_command
 from zerojax.host.errors import RunError, UsageError
 from zerojax.host.progress import Progress
 from zerojax.host.stop import exit_on_signals
@@ -247,9 +248,8 @@ def parse_value(field: str, text: str) -> Any:
     """A value of a config's field.
 
     Raises:
-        UsageError: there is no such field, or the text is not of its type.
+        UsageError: the text is not of its type.
     """
-    config_lib.check_field_exists(field)
     kind = config_lib.type_of(field)
     try:
         if kind is bool:
@@ -261,24 +261,16 @@ def parse_value(field: str, text: str) -> Any:
     raise UsageError(f'--grid.{field}: is a {kind.__name__}, which a grid cannot vary')
 
 
-def take_grid(argv: list[str]) -> dict[str, list[Any]]:
-    """Takes all --grid.FIELD=VALUES out of `argv`.
+def grid_values(field: str, text: str) -> list[Any]:
+    """The values of a field that --grid.FIELD names.
 
     Raises:
-        UsageError: names the field that is wrong.
+        UsageError: one is not of the field's type, or is named twice.
     """
-    grid: dict[str, list[Any]] = {}
-    for argument in [each for each in argv if each.startswith('--grid.')]:
-        argv.remove(argument)
-        field, equals, texts = argument.removeprefix('--grid.').partition('=')
-        if not equals:
-            raise UsageError(f'{argument}: must be --grid.FIELD=VALUE,VALUE,...')
-        if field in grid:
-            raise UsageError(f'--grid.{field}: given twice; name all values in one')
-        grid[field] = [parse_value(field, text) for text in texts.split(',')]
-        if len(set(grid[field])) < len(grid[field]):
-            raise UsageError(f'{argument}: names a value twice')
-    return grid
+    values = [parse_value(field, each) for each in text.split(',')]
+    if len(set(values)) < len(values):
+        raise UsageError(f'--grid.{field}={text}: names a value twice')
+    return values
 
 
 def grid_jobs(
@@ -303,17 +295,24 @@ def folder_name(fields: dict[str, Any]) -> str:
 
 def run(argv: list[str]) -> None:
     """The command; `argv` are the program's name and the flags."""
-    argv = list(argv)
-    cli.join_processes(argv)
-    seeds = cli.take_count(argv, 'seeds', 0, least=1) or None
-    text = cli.take_flag(argv, 'runs_at_once')
-    at_once = None
-    if text not in (None, 'auto'):
-        at_once = cli.take_count([f'--runs_at_once={text}'], 'runs_at_once', 1, least=1)
-    grid = take_grid(argv)
+    fields = cli.fields_named(argv, 'grid')
+    for field in fields:
+        if fields.count(field) > 1:
+            raise UsageError(f'--grid.{field}: given twice; name all values in one')
+    values = cli.text_flags(
+        seeds=None,
+        runs_at_once='auto',
+        **cli.DISTRIBUTED,
+        **{f'grid.{field}': None for field in fields},
+    )
+    config, workdir = cli.parse_flags(argv, values, workdir='runs/sweep_NAME')
+    cli.join_processes(values)
+    seeds = None if values.seeds is None else cli.count(values, 'seeds', least=1)
+    automatic = values.runs_at_once == 'auto'
+    at_once = None if automatic else cli.count(values, 'runs_at_once', least=1)
+    grid = {field: grid_values(field, getattr(values, f'grid.{field}')) for field in fields}
     if seeds is not None and {'seed', 'perturbation.seed'} & grid.keys():
         raise UsageError('--seeds: decides seed and perturbation.seed; leave them out of the grid')
-    config, workdir = cli.parse_flags(argv, prefix='sweep_')
     number = math.prod(map(len, grid.values())) * (seeds or 1)
     if number > MAX_RUNS:
         raise UsageError(f'--grid: asks for {number} runs; must be at most {MAX_RUNS} in a sweep')
@@ -349,11 +348,7 @@ def write_table(jobs: list[tuple[dict[str, Any], Job]], workdir: pathlib.Path) -
 
 def main(argv: list[str]) -> int:
     """Runs the command line `argv` (with the program's name); returns the exit status."""
-    if {'-h', '--help'} & set(argv[1:]):
-        print(__doc__)
-        return 0
-    exit_on_signals()
-    return cli.exit_status(lambda: run(argv))
+    return run_command(run, argv, __doc__, exit_on_signals)
 
 
 if __name__ == '__main__':

@@ -31,36 +31,34 @@ import json
 import os
 import pathlib
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from configs import cifar, digits
+from experiments.performance.measuring import (
+    SECONDS,
+    Row,
+    Stepper,
+    rates,
+    repeat,
+    shown,
+    time_alone,
+    time_in_turns,
+)
+from zerojax.host import records
+from zerojax.host.command import run_command
 from zerojax.host.errors import RunError, UsageError
-
-REPETITIONS = 5
-SECONDS = 1.0  # that a repetition takes at least
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """ConstNet-`depth`-`width` on images of `size` x `size` x `channels`."""
-
-    depth: int
-    width: int
-    size: int
-    channels: int
-    batch_size: int
-    precision: str  # 'float32' or 'bfloat16', which is mixed precision
-
-    @property
-    def name(self) -> str:
-        short = {'float32': 'f32', 'bfloat16': 'bf16'}[self.precision]
-        kind = 'digits' if self.size == 8 else 'cifar'
-        return f'{kind}-{self.depth}-{self.width}-{self.batch_size}-{short}'
+from zerojax.host.stop import raise_on_signals
+from zerojax.run import cli
+from zerojax.run.data import Dataset, Split
 
 
 def all_rows(backend: str) -> list[Row]:
@@ -82,9 +80,7 @@ def all_rows(backend: str) -> list[Row]:
 # What runs in a process of its own; it prints one JSON line.
 
 
-def build_config(row: Row) -> Any:
-    from configs import cifar, digits
-
+def build_config(row: Row) -> ConfigDict:
     config = digits.get_config() if row.size == 8 else cifar.get_config()
     config.num_epochs, config.num_steps = None, 10_000
     config.determinism.mode = 'deterministic'
@@ -94,10 +90,7 @@ def build_config(row: Row) -> Any:
     return config
 
 
-def random_dataset(row: Row) -> Any:
-    import numpy as np
-
-    from zerojax.run.data import Dataset, Split
+def random_dataset(row: Row) -> Dataset:
 
     generator = np.random.default_rng(0)
 
@@ -109,94 +102,8 @@ def random_dataset(row: Row) -> Any:
     return Dataset(split(max(2 * row.batch_size, 500)), split(500), num_classes=10)
 
 
-Spread = dict[str, float]  # 'median', 'least' and 'most' of several measurements
-
-
-def spread(values: Sequence[float]) -> Spread:
-    return {'median': statistics.median(values), 'least': min(values), 'most': max(values)}
-
-
-def rates(amount: float, seconds: Spread) -> Spread:
-    """Amount a second."""
-    return {
-        'median': amount / seconds['median'],
-        'least': amount / seconds['most'],
-        'most': amount / seconds['least'],
-    }
-
-
-def repeat(call: Callable[[], Any]) -> Callable[[int], None]:
-    """A function that makes n calls, each of which waits for its result."""
-
-    def calls(n: int) -> None:
-        for _ in range(n):
-            call()
-
-    return calls
-
-
-def time_in_turns(
-    calls: Mapping[str, Callable[[int], None]], repetitions: int, seconds: float
-) -> dict[str, Spread]:
-    """Seconds of one call of each, which take turns, so that a slow moment of the machine hits all.
-
-    `calls` are functions that make n calls and wait for the last. All make as many in a repetition,
-    so that the fastest takes about `seconds` at least.
-    """
-    number = 1
-    for call in calls.values():
-        call(1)  # to warm up
-        began = time.perf_counter()
-        call(1)
-        number = max(number, round(seconds / (time.perf_counter() - began)))
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repetitions):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            call(number)
-            times[name].append((time.perf_counter() - began) / number)
-    return {name: spread(each) for name, each in times.items()}
-
-
-def time_alone(call: Callable[[int], None], repetitions: int, seconds: float) -> Spread:
-    """`time_in_turns` of one."""
-    return time_in_turns({'': call}, repetitions, seconds)['']
-
-
-class Stepper:
-    """Train steps of a config that go on and on; of several runs, as one batched program."""
-
-    def __init__(self, config: Any, dataset: Any, runs: int | None = None) -> None:
-        import numpy as np
-
-        from zerojax.run.building import Source, scalars_of
-        from zerojax.run.checks import resolve
-        from zerojax.run.program import Program
-
-        config = resolve(config, dataset)
-        self.program = Program(config, dataset, runs)
-        scalars = self.program.place_scalars([scalars_of(config)] * (runs or 1))
-        self.state = self.program.initial_state(scalars)
-        order = self.program.epoch_order(self.state.keys['order'], 0)
-        self.source = Source(self.program.examples, order, scalars)
-        self.count = np.int32(config.steps_per_call)
-        self.executable = self.program.compile_train_steps(self.state, self.source)
-
-    def __call__(self, calls: int) -> None:
-        """Makes so many calls, each one of `count` train steps, and waits for the last."""
-        import jax
-
-        metrics: Any = None
-        for _ in range(calls):
-            jax.block_until_ready(metrics)  # of the call before, as `zerojax.run.train` does
-            self.state, metrics = self.executable(self.state, self.source, self.count)
-        jax.block_until_ready(self.state)
-
-
 def first_step(row: Row) -> bool:
     """Comes to the end of the first train step."""
-    import numpy as np
-
     stepper = Stepper(build_config(row), random_dataset(row))
     stepper.count = np.int32(1)
     stepper(1)
@@ -205,9 +112,6 @@ def first_step(row: Row) -> bool:
 
 def matrix_peak(precision: str, repetitions: int) -> float:
     """FLOP/s of a large matrix product, the best of all repetitions."""
-    import jax
-    import jax.numpy as jnp
-
     size = 2048 if jax.default_backend() == 'cpu' else 8192
     x = jnp.ones((size, size), precision)
     product = jax.jit(lambda x: x @ x)
@@ -217,8 +121,6 @@ def matrix_peak(precision: str, repetitions: int) -> float:
 
 def peak_memory() -> int:
     """Bytes: of the device where it says so, else of this process."""
-    import jax
-
     statistics_of_device = jax.devices()[0].memory_stats() or {}
     of_process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return int(statistics_of_device.get('peak_bytes_in_use', of_process))
@@ -226,8 +128,6 @@ def peak_memory() -> int:
 
 def measure(row: Row, repetitions: int) -> dict[str, Any]:
     """Everything but the time to the first step and PyTorch."""
-    import jax
-
     dataset = random_dataset(row)
     config = build_config(row)
     step = Stepper(config, dataset)
@@ -309,8 +209,6 @@ def child(text: str) -> None:
     kind, fields, repetitions = json.loads(text)
     found: Any
     if kind == 'machine':
-        import jax
-
         from experiments import runs
 
         found = {'backend': jax.default_backend(), 'text': runs.machine()}
@@ -324,10 +222,6 @@ def child(text: str) -> None:
         compiled = kind == 'torch.compile'
         found = benchmark_torch.measure(Row(**fields), repetitions, compiled=compiled)
     print(json.dumps(found))
-
-
-def shown(found: Spread) -> str:
-    return f'{found["median"]:.4g} ({found["least"]:.4g} to {found["most"]:.4g})'
 
 
 def measure_row(row: Row, repetitions: int, *, with_torch: bool) -> dict[str, Any]:
@@ -386,26 +280,28 @@ def tables(lines: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 def run(argv: list[str]) -> None:
     """The command; `argv` are the program's name and the flags."""
-    from experiments import runs
-    from zerojax.host import records
-    from zerojax.run import cli
+    # --child is for the processes that the command starts.
+    values = cli.text_flags(
+        workdir='runs/experiments/benchmark', repetitions='5', rows=None, child=None
+    )
+    cli.parse(argv, values)
+    if values.child is not None:
+        child(values.child)
+        return
+    from experiments import runs  # Matplotlib: not in the processes whose memory is measured
 
     command = ' '.join(['python -m experiments.performance.benchmark', *argv[1:]])
-    argv = list(argv)
-    workdir = pathlib.Path(cli.take_flag(argv, 'workdir') or 'runs/experiments/benchmark')
-    repetitions = cli.take_count(argv, 'repetitions', REPETITIONS, least=1)
-    chosen = cli.take_flag(argv, 'rows')
-    if len(argv) > 1:
-        raise UsageError(f'command line: unexpected argument {argv[1]!r}')
+    workdir = pathlib.Path(values.workdir)
+    repetitions = cli.count(values, 'repetitions', least=1)
     machine, _ = in_process('machine')
     if machine is None:
         raise RunError('JAX finds no device it can use, see the line above')
     rows = {row.name: row for row in all_rows(machine['backend'])}
-    if chosen is not None:
-        for name in chosen.split(','):
+    if values.rows is not None:
+        for name in values.rows.split(','):
             if name not in rows:
                 raise UsageError(f'--rows={name}: no such row; allowed: {", ".join(rows)}')
-        rows = {name: rows[name] for name in chosen.split(',')}
+        rows = {name: rows[name] for name in values.rows.split(',')}
     if machine['backend'] == 'cpu':
         print('no accelerator here: the CPU is measured', flush=True)
     torch_version = importlib.util.find_spec('torch') and importlib.metadata.version('torch')
@@ -423,18 +319,7 @@ def run(argv: list[str]) -> None:
 
 def main(argv: list[str]) -> int:
     """Runs the command line `argv` (with the program's name); returns the exit status."""
-    if {'-h', '--help'} & set(argv[1:]):
-        print(__doc__)
-        return 0
-    from zerojax.host.stop import raise_on_signals
-    from zerojax.run import cli
-
-    text = cli.take_flag(argv, 'child')
-    if text is not None:
-        child(text)
-        return 0
-    raise_on_signals()
-    return cli.exit_status(lambda: run(argv))
+    return run_command(run, argv, __doc__, raise_on_signals)
 
 
 if __name__ == '__main__':

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from experiments.performance.benchmark import SECONDS, Row, rates, time_alone
+from experiments.performance.measuring import SECONDS, Row, rates, time_alone
 
 
 class Block(nn.Module):

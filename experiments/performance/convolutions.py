@@ -31,9 +31,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import runs
-from experiments.performance import benchmark
+from experiments.performance import measuring
 from zerojax.host import records
-from zerojax.host.errors import RunError, UsageError
+from zerojax.host.command import run_command
+from zerojax.host.errors import RunError
 from zerojax.host.stop import raise_on_signals
 from zerojax.models.layers import convolve_direct, convolve_patches
 from zerojax.run import cli
@@ -121,10 +122,10 @@ def measure(shape: tuple[int, int, int, int], batch: int, which: str) -> dict[st
             return expression(jax.nn.relu(1.1 * x + 0.1), kernel, 2.0 * grad)
 
         function = jit_in_mode(in_network, 'deterministic')
-        return benchmark.repeat(lambda: function(*arguments).block_until_ready())
+        return measuring.repeat(lambda: function(*arguments).block_until_ready())
 
     calls = {name: timed(each) for name, each in expressions(which, shape[-1]).items()}
-    times = benchmark.time_in_turns(calls, REPETITIONS, SECONDS)
+    times = measuring.time_in_turns(calls, REPETITIONS, SECONDS)
     return {name: each['median'] * 1e3 for name, each in times.items()}
 
 
@@ -149,7 +150,7 @@ def measure_torch(shape: tuple[int, int, int, int], batch: int, which: str) -> f
         if device == 'cuda':
             torch.cuda.synchronize()
 
-    return benchmark.time_alone(benchmark.repeat(call), REPETITIONS, SECONDS)['median'] * 1e3
+    return measuring.time_alone(measuring.repeat(call), REPETITIONS, SECONDS)['median'] * 1e3
 
 
 def all_of_torch(batch: int) -> list[float | None]:
@@ -173,14 +174,23 @@ def all_of_torch(batch: int) -> list[float | None]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def shown(milliseconds: float | None) -> str:
+    return '-' if milliseconds is None else f'{milliseconds:.2f}'
+
+
 def run(argv: list[str]) -> None:
     """The command; `argv` are the program's name and the flags."""
+    # --torch_batch is for the process that the command starts.
+    values = cli.text_flags(workdir='runs/experiments/convolutions', batch='128', torch_batch=None)
+    cli.parse(argv, values)
+    if values.torch_batch is not None:
+        batch = cli.count(values, 'torch_batch', least=1)
+        times = [measure_torch(shape, batch, which) for shape in SHAPES for which in PASSES]
+        print(json.dumps(times))
+        return
     command = ' '.join(['python -m experiments.performance.convolutions', *argv[1:]])
-    argv = list(argv)
-    workdir = pathlib.Path(cli.take_flag(argv, 'workdir') or 'runs/experiments/convolutions')
-    batch = cli.take_count(argv, 'batch', 128, least=1)
-    if len(argv) > 1:
-        raise UsageError(f'command line: unexpected argument {argv[1]!r}')
+    workdir = pathlib.Path(values.workdir)
+    batch = cli.count(values, 'batch', least=1)
     cli.make_folder(workdir)
     of_torch = iter(all_of_torch(batch))
     rows = []
@@ -190,12 +200,7 @@ def run(argv: list[str]) -> None:
             side, channels, features, stride = shape
             row = {'inputs': f'{side}x{side}x{channels}', 'features': features, 'stride': stride}
             names = ('direct', 'patches', 'taps', 'outer', 'PyTorch')
-            times = {name: found.get(name) for name in names}
-            rows.append(
-                row
-                | {'pass': which}
-                | {k: '-' if x is None else f'{x:.2f}' for k, x in times.items()}
-            )
+            rows.append(row | {'pass': which} | {name: shown(found.get(name)) for name in names})
             print(' '.join(map(str, rows[-1].values())), flush=True)
     records.write_csv(workdir / 'table.csv', rows)
     table = runs.markdown(rows)
@@ -205,16 +210,7 @@ def run(argv: list[str]) -> None:
 
 def main(argv: list[str]) -> int:
     """Runs the command line `argv` (with the program's name); returns the exit status."""
-    if {'-h', '--help'} & set(argv[1:]):
-        print(__doc__)
-        return 0
-    argv = list(argv)
-    if (batch := cli.take_flag(argv, 'torch_batch')) is not None:
-        found = [measure_torch(shape, int(batch), which) for shape in SHAPES for which in PASSES]
-        print(json.dumps(found))
-        return 0
-    raise_on_signals()
-    return cli.exit_status(lambda: run(argv))
+    return run_command(run, argv, __doc__, raise_on_signals)
 
 
 if __name__ == '__main__':

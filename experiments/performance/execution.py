@@ -19,8 +19,10 @@ import numpy as np
 import optax
 
 from zerojax import models, step
+from zerojax.host.command import run_command
+from zerojax.host.stop import exit_on_signals
 from zerojax.models import layers
-from zerojax.run import checks, data
+from zerojax.run import checks, cli, data
 from zerojax.run.building import scalars_of
 from zerojax.run.program import Program
 
@@ -75,10 +77,9 @@ def seconds_of_measurements(config_file: str, variant: str) -> tuple[float, list
     return times[0], times[1:]
 
 
-def main() -> None:
-    if {'-h', '--help'} & set(sys.argv[1:]):
-        print(__doc__)
-        return
+def run(argv: list[str]) -> None:
+    """The command, which has no flags."""
+    cli.parse(argv, cli.text_flags())
     device = jax.devices()[0]
     print(f'jax {jax.__version__}, {device.device_kind}, {platform.machine()}')
     print('| images | batch | convolution | steps_per_call | ms a step |')
@@ -103,5 +104,10 @@ def main() -> None:
         )
 
 
+def main(argv: list[str]) -> int:
+    """Runs the command line `argv` (with the program's name); returns the exit status."""
+    return run_command(run, argv, __doc__, exit_on_signals)
+
+
 if __name__ == '__main__':
-    main()
+    sys.exit(main(sys.argv))

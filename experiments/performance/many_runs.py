@@ -22,27 +22,27 @@ import tempfile
 import time
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 
 from experiments import runs
-from experiments.performance import benchmark
+from experiments.performance import measuring
 from zerojax.host import records
+from zerojax.host.command import run_command
 from zerojax.host.errors import RunError, UsageError
 from zerojax.host.stop import raise_on_signals
-from zerojax.run import cli
+from zerojax.run import cli, data
 
-RUNS = '1,2,16'
 REPETITIONS = 5
 
 
 def at_once(config: ConfigDict, numbers: list[int]) -> list[dict[str, Any]]:
     """The rows of the first table."""
-    dataset = runs.dataset_of(config)
+    dataset = data.load_of(config)
     programs = {
-        str(number): benchmark.Stepper(config, dataset, number if number > 1 else None)
+        str(number): measuring.Stepper(config, dataset, number if number > 1 else None)
         for number in numbers
     }
-    times = benchmark.time_in_turns(programs, REPETITIONS, benchmark.SECONDS)
+    times = measuring.time_in_turns(programs, REPETITIONS, measuring.SECONDS)
     milliseconds = {
         number: {name: x * 1e3 / config.steps_per_call for name, x in times[str(number)].items()}
         for number in numbers
@@ -51,7 +51,7 @@ def at_once(config: ConfigDict, numbers: list[int]) -> list[dict[str, Any]]:
     return [
         {
             'runs at once': number,
-            'ms a step of all': benchmark.shown(ms),
+            'ms a step of all': measuring.shown(ms),
             'over one run': f'{ms["median"] / alone:.2f}',
             'over as many one after another': f'{ms["median"] / alone / number:.2f}',
         }
@@ -95,19 +95,19 @@ def sweeps(flags: list[str], workdir: pathlib.Path, numbers: list[int]) -> list[
 def run(argv: list[str]) -> None:
     """The command; `argv` are the program's name and the flags."""
     command = ' '.join(['python -m experiments.performance.many_runs', *argv[1:]])
-    argv = list(argv)
-    text = cli.take_flag(argv, 'runs') or RUNS
-    words = [each if each.isascii() and each.isdigit() else '0' for each in text.split(',')]
-    numbers = [int(each[:9]) for each in words]
+    values = cli.text_flags(runs='1,2,16')
+    config, workdir = cli.parse_flags(
+        argv, values, config_file='configs/digits.py', workdir='runs/experiments/many_runs'
+    )
+    words = values.runs.split(',')
+    numbers = [int(x[:9]) if x.isascii() and x.isdigit() else 0 for x in words]
     if numbers[:2] != [1, 2] or numbers != sorted(set(numbers)):
-        raise UsageError(f'--runs={text}: must be rising whole numbers that begin with 1,2')
-    workdir = pathlib.Path(cli.take_flag(argv, 'workdir') or 'runs/experiments/many_runs')
-    if not any(each.startswith('--config=') for each in argv):
-        argv.insert(1, '--config=configs/digits.py')
-    if '--workdir' in argv:
-        raise UsageError('--workdir: must be given as --workdir=DIR')
-    config, _ = cli.parse_flags(argv)
-    flags = argv[1:]
+        raise UsageError(f'--runs={values.runs}: must be rising whole numbers that begin with 1,2')
+    overrides = config_flags.get_override_values(values['config'])
+    flags = [
+        f'--config={config_flags.get_config_filename(values["config"])}',
+        *(f'--config.{field}={value}' for field, value in overrides.items()),
+    ]
     cli.make_folder(workdir)
     # The sweeps first: this process must not hold a device that they need.
     tables = {'sweep': sweeps(flags, workdir, numbers)}
@@ -121,11 +121,7 @@ def run(argv: list[str]) -> None:
 
 def main(argv: list[str]) -> int:
     """Runs the command line `argv` (with the program's name); returns the exit status."""
-    if {'-h', '--help'} & set(argv[1:]):
-        print(__doc__)
-        return 0
-    raise_on_signals()
-    return cli.exit_status(lambda: run(argv))
+    return run_command(run, argv, __doc__, raise_on_signals)
 
 
 if __name__ == '__main__':

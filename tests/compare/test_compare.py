@@ -16,7 +16,8 @@ from ml_collections import ConfigDict
 from zerojax import config as config_lib
 from zerojax import models
 from zerojax.compare import __main__ as compare
-from zerojax.compare import pair, saved_runs, several
+from zerojax.compare import saved_runs, several
+from zerojax.compare.pair import find_parting, same_network
 from zerojax.host.checkpoint import Checkpoints
 from zerojax.host.workdir import Workdir
 from zerojax.run import data, program, train
@@ -153,10 +154,10 @@ def test_predictions_are_those_that_the_run_recorded(runs, capsys):
 
 def test_without_a_common_checkpoint_before_the_metrics_bracket_the_step(runs):
     a, b = (dataclasses.replace(saved_runs.read_run(runs[k]), steps=[12]) for k in ('none', 'late'))
-    known = pair.find_parting(a, b, num_classes=10)
+    known = find_parting(a, b, num_classes=10)
     assert (known['equal_at'], known['different_at'], known['proven']) == (4, 8, False)
     b = dataclasses.replace(b, lines=[])
-    known = pair.find_parting(a, b, num_classes=10)
+    known = find_parting(a, b, num_classes=10)
     assert (known['equal_at'], known['different_at']) == (None, 12)
     assert known['differing_line'] is None
 
@@ -236,7 +237,7 @@ def test_runs_of_other_dtypes_keep_them(runs, tmp_path, dtype):
     assert pair['weights']['l2'] == pytest.approx(tiny_step * norm, rel=0.3)
     assert all(np.isfinite(pair['line']['loss_aligned']))
     single, other = saved_runs.read_run(runs['late']), saved_runs.read_run(a)
-    differing = pair.find_parting(single, other, num_classes=10)['differing_checkpoint']
+    differing = find_parting(single, other, num_classes=10)['differing_checkpoint']
     if dtype == np.float64:
         assert differing is None, 'float64 holds every float32'
     else:
@@ -300,7 +301,7 @@ def test_another_function_of_the_same_weights_is_another_network(runs):
         config = ConfigDict(run.config.to_dict())
         config.model[field] = value
         other = dataclasses.replace(run, config=config)
-        assert pair.same_network(run, other) is same, field
+        assert same_network(run, other) is same, field
 
 
 def test_a_run_in_training_can_be_compared(runs, tmp_path, capsys):
@@ -320,23 +321,23 @@ def change_json(file, **fields):
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
-@pytest.fixture
-def mistakes(runs, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope='module')
+def damaged_runs(runs, tmp_path_factory):
+    """A folder of runs, each with something wrong; to be read only."""
+    root = tmp_path_factory.mktemp('damaged')
     for name in ('good', 'otherdata', 'changed', 'damaged', 'unfinished', 'old', 'facts', 'broken'):
-        shutil.copytree(runs['late'], name)
-    facts = json.loads(pathlib.Path('good/manifest.json').read_text())['dataset']
-    change_json(
-        pathlib.Path('otherdata/manifest.json'), dataset=facts | {'eval_sha256': 'of others'}
-    )
-    change_json(pathlib.Path('changed/manifest.json'), dataset=facts | {'train_sha256': 'before'})
-    pathlib.Path('damaged/config.json').write_text('{')
-    shutil.rmtree('unfinished/checkpoints')
-    pathlib.Path('old/metrics.jsonl').write_text('{"step": 0, "kind": "eval"}\n[\n{}\n')
-    change_json(pathlib.Path('facts/manifest.json'), dataset={})
-    for file in pathlib.Path('broken/checkpoints/12').rglob('*'):
+        shutil.copytree(runs['late'], root / name)
+    facts = json.loads((root / 'good/manifest.json').read_text())['dataset']
+    change_json(root / 'otherdata/manifest.json', dataset=facts | {'eval_sha256': 'of others'})
+    change_json(root / 'changed/manifest.json', dataset=facts | {'train_sha256': 'before'})
+    (root / 'damaged/config.json').write_text('{')
+    shutil.rmtree(root / 'unfinished/checkpoints')
+    (root / 'old/metrics.jsonl').write_text('{"step": 0, "kind": "eval"}\n[\n{}\n')
+    change_json(root / 'facts/manifest.json', dataset={})
+    for file in (root / 'broken/checkpoints/12').rglob('*'):
         if file.is_file() and 'metadata' not in file.name.lower():
             file.write_bytes(b'')
+    return root
 
 
 # Of a damaged checkpoint, Orbax waits for the first read that fails; others may end after its event
@@ -347,7 +348,7 @@ def mistakes(runs, tmp_path, monkeypatch):
     [
         ([], 2, 'command line: 0 runs; name at least two workdirs'),
         (['good'], 2, 'command line: 1 runs; name at least two workdirs'),
-        (['good', 'good', '--colour=red'], 2, '--colour=red: unknown flag; allowed: --output='),
+        (['good', 'good', '--colour=red'], 2, "command line: Unknown command line flag 'colour'"),
         (['good', 'nowhere'], 2, 'nowhere: not a folder'),
         (['good', 'good/config.json'], 2, 'good/config.json: not a folder'),
         (['good', 'unfinished'], 2, 'unfinished: holds no finished checkpoint'),
@@ -362,7 +363,8 @@ def mistakes(runs, tmp_path, monkeypatch):
         (['good', 'broken'], 1, 'broken/checkpoints/12 is damaged'),
     ],
 )
-def test_mistakes(mistakes, capsys, arguments, status, message):
+def test_mistakes(damaged_runs, monkeypatch, capsys, arguments, status, message):
+    monkeypatch.chdir(damaged_runs)
     found, out, err = command(capsys, *arguments)
     assert found == status
     assert message in err and err.startswith('error: ')

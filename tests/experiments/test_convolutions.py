@@ -13,7 +13,7 @@ def test_all_expressions_agree(shape, which):
     with jax.enable_x64(True):
         arguments = [jax.numpy.asarray(each, 'float64') for each in convolutions.inputs(shape, 2)]
         found = {
-            name: np.asarray(each(*arguments))
+            name: np.asarray(jax.jit(each)(*arguments))
             for name, each in convolutions.expressions(which, shape[-1]).items()
         }
     assert ('outer' in found) == (which == 'weight gradient' and shape[-1] == 1)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import pathlib
 
 import pytest
 from ml_collections import ConfigDict
@@ -9,6 +10,8 @@ from ml_collections import ConfigDict
 from experiments import arms, leakynet, lottery, runs, signal, unique_features
 from zerojax import sweep
 from zerojax.host.errors import UsageError
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -20,12 +23,13 @@ def experiment(tiny_config, tmp_path) -> runs.Experiment:
 
 @pytest.fixture
 def small(monkeypatch):
-    """The toy with few features, so that the experiment takes seconds."""
+    """The toy with few features and arms, so that the experiment takes seconds."""
     monkeypatch.setattr(unique_features, 'WIDTH', 8)
-    monkeypatch.setattr(unique_features, 'UNIQUE', (1, 8))
+    monkeypatch.setattr(unique_features, 'UNIQUE', (1,))
 
 
 def test_an_experiment_goes_on_where_it_was(experiment, small, monkeypatch, capsys):
+    """And the seed decides everything random in each of its runs."""
     trained = []
 
     def train(config, workdir, *shared):
@@ -43,13 +47,14 @@ def test_an_experiment_goes_on_where_it_was(experiment, small, monkeypatch, caps
         sweep, 'train', lambda *args: trained.append(args[1].name) or sweep_train(*args)
     )
     unique_features.run(experiment)
-    assert len(trained) == len(set(trained)) == 2 * 2 * 2, 'no run twice'
+    assert len(trained) == len(set(trained)) == 2 * 2, 'no run twice'
 
     with open(experiment.workdir / 'table.csv') as file:
         rows = list(csv.DictReader(file))
-    assert [row['unique features at the start'] for row in rows] == ['1', '8', '1', '8']
-    assert [row['n'] for row in rows] == ['2'] * 4
-    assert rows[0]['unique features at the end'] == '1'
+    assert [row['unique features at the start'] for row in rows] == ['1', '1']
+    assert [row['noise'] for row in rows] == ['0', '0.001']
+    assert [row['n'] for row in rows] == ['2', '2']
+    assert [row['unique features at the end'] for row in rows] == ['1', '8']
     table = (experiment.workdir / 'table.md').read_text()
     assert 'the command' in table
     assert 'jaxlib' in table
@@ -61,23 +66,18 @@ def test_an_experiment_goes_on_where_it_was(experiment, small, monkeypatch, caps
     # A changed config is noticed, also in finished runs.
     monkeypatch.setattr(sweep, 'train', None)
     unique_features.run(experiment)
+    for first, second in runs.by_arm(runs.train_all(experiment, unique_features.arms())).values():
+        assert first.summary['params_sha256'] != second.summary['params_sha256']
+        for run, seed in ((first, 0), (second, 1)):
+            config = json.loads((run.workdir / 'config.json').read_text())
+            assert config['seed'] == config['perturbation']['seed'] == run.seed == seed
+            assert config['model']['width'] == 8
     experiment.config.optimizer.learning_rate = 0.01
     with pytest.raises(UsageError, match=r'optimizer\.learning_rate is 0\.03 there and 0\.01 here'):
         unique_features.run(experiment)
 
 
-def test_a_seed_decides_everything_random(experiment):
-    fields = {'model.name': 'mlp', 'model.width': 4, 'model.init': 'random'}
-    first, second = runs.train_all(experiment, {'arm': fields})
-    assert [run.seed for run in (first, second)] == [0, 1]
-    assert first.summary['params_sha256'] != second.summary['params_sha256']
-    for run in (first, second):
-        config = json.loads((run.workdir / 'config.json').read_text())
-        assert config['seed'] == config['perturbation']['seed'] == run.seed
-        assert config['model']['width'] == 4
-
-
-def fake_run(arm: str, seed: int, **summary) -> runs.Run:
+def fake_run(arm: str, seed: int, **summary) -> runs.FinishedRun:
     layers = [f'block{stage}_{layer}' for stage in (1, 2, 3) for layer in range(4)]
     lines = []
     for step in (0, 3):
@@ -93,7 +93,7 @@ def fake_run(arm: str, seed: int, **summary) -> runs.Run:
             }
         )
     summary = {'eval_accuracy': 0.3, 'best_eval_accuracy': 0.4, 'asymmetry': 0.0} | summary
-    return runs.Run(arm, seed, None, summary, lines)
+    return runs.FinishedRun(arm, seed, None, summary, lines)
 
 
 @pytest.mark.parametrize('module', [arms, leakynet, lottery])
@@ -133,8 +133,38 @@ def test_signal(experiment, monkeypatch):
     assert (experiment.workdir / 'table.md').exists()
 
 
-@pytest.mark.parametrize('seeds', ['0', 'x', '-1'])
-def test_a_bad_number_of_seeds(seeds, monkeypatch, capsys):
-    monkeypatch.setattr('sys.argv', ['experiments/arms.py', f'--seeds={seeds}'])
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        (['--seeds=0'], '--seeds=0: must be a whole number of at least 1'),
+        (['--seeds', 'x'], '--seeds=x: must be a whole number of at least 1'),
+        (['--seeds=1001'], '--seeds=1001: must be at most 1000'),
+        (['--sedes=4'], "command line: Unknown command line flag 'sedes'. Did you mean: seeds ?"),
+        (['--config.model.depth', '8'], 'model.depth=8: must be 3n + 4'),
+        (['--workdir=/dev/null/x'], '--workdir=/dev/null/x: cannot be written'),
+    ],
+)
+def test_mistakes_are_one_line(flags, message, monkeypatch, capsys):
+    monkeypatch.setattr('sys.argv', ['experiments/arms.py', *flags])
     assert runs.main(arms.run, 'doc', seeds=3) == 2
-    assert f'--seeds={seeds}: must be a whole number' in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith(f'error: {message}')
+    assert error.count('\n') == 1
+
+
+def test_flags_and_what_stands_for_those_not_given(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runs.jax.config, 'update', lambda *_: None)
+    digits = f'{ROOT}/configs/digits.py'
+    given = ['--seeds', '4', '--workdir', 'w', '--config', f'{ROOT}/configs/cifar.py:trial']
+    for flags in ([], given, ['--config.batch_size', '7']):
+        monkeypatch.setattr('sys.argv', ['experiments/arms.py', *flags])
+        assert runs.main(asked.append, 'doc', seeds=3, config_file=digits) == 0
+    plain, all_given, changed = asked
+    assert (plain.name, plain.seeds, plain.config.dataset.name) == ('arms', 3, 'digits')
+    assert str(plain.workdir) == 'runs/experiments/arms'
+    assert (all_given.seeds, all_given.config.dataset.name) == (4, 'cifar10')
+    assert str(all_given.workdir) == 'w'
+    assert all_given.command == ' '.join(['python -m experiments.arms', *given])
+    assert (changed.config.batch_size, changed.config.dataset.name) == (7, 'digits')

@@ -27,6 +27,13 @@ def config(tiny_config):
 
 
 @pytest.fixture
+def toy_config(config):
+    """The network that is compiled in the shortest time."""
+    config.model.update({'name': 'mlp', 'width': 20, 'convolution': 'direct'})
+    return config
+
+
+@pytest.fixture
 def experiment(config, tmp_path) -> runs.Experiment:
     return runs.Experiment('name', 'the command', config, tmp_path, seeds=2)
 
@@ -51,9 +58,12 @@ class Fake:
         if starts and not config.symmetry.project:
             asymmetry[p.at_step :] = np.geomspace(1e-3, 1, config.num_steps - p.at_step)
         workdir.mkdir(parents=True)
-        lines = [{'kind': 'train', 'loss': 2.0, 'asymmetry': x} for x in asymmetry]
-        lines.append({'kind': 'eval', 'loss': 2.0})
-        (workdir / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+        lines = [
+            {'step': i + 1, 'kind': 'train', 'loss': 2.0, 'asymmetry': x}
+            for i, x in enumerate(asymmetry)
+        ]
+        lines.append({'step': config.num_steps, 'kind': 'eval', 'loss': 2.0})
+        (workdir / 'metrics.jsonl').write_text(''.join(json.dumps(x) + '\n' for x in lines))
         broken_at_step = p.at_step if asymmetry.any() else None
         summary = {'eval_accuracy': 0.5, 'broken_at_step': broken_at_step}
         (workdir / 'summary.json').write_text(json.dumps(summary))
@@ -73,7 +83,8 @@ def table(experiment: runs.Experiment) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_a_trajectory_is_that_of_a_run(config, tmp_path):
+def test_a_trajectory_is_that_of_a_run(toy_config, tmp_path):
+    config = toy_config
     config.perturbation.at_step = 2
     config.perturbation.scale = 1e-3
     summary = train(config, tmp_path / 'run')
@@ -90,7 +101,8 @@ def test_a_trajectory_is_that_of_a_run(config, tmp_path):
     assert got.broken_at_step == summary['broken_at_step'] == 2
 
 
-def test_finished_runs_are_not_run_again_and_never_taken_for_others(config, tmp_path):
+def test_finished_runs_are_not_run_again_and_never_taken_for_others(toy_config, tmp_path):
+    config = toy_config
     laboratory = Laboratory(config, tmp_path)
     wanted = [(NONE, 0), (Perturbation('gaussian', 1e-6), 1), (NONE, 0)]
     first, _, same = laboratory.run_all(wanted)
@@ -105,7 +117,8 @@ def test_finished_runs_are_not_run_again_and_never_taken_for_others(config, tmp_
         Laboratory(config, tmp_path).run(NONE)
 
 
-def test_predictions_are_remembered_for_this_config_alone(config, tmp_path):
+def test_predictions_are_remembered_for_this_config_alone(toy_config, tmp_path):
+    config = toy_config
     for learning_rate in (0.1, 0.1, 0.2):
         config.optimizer.learning_rate = learning_rate
         laboratory = Laboratory(config, tmp_path)
@@ -178,7 +191,7 @@ def test_sources(experiment, fake):
     assert chosen == {f'{path}$' for path in alone}
 
 
-def test_hardware(experiment, fake):
+def test_hardware(toy_config, experiment, fake):
     """The audit is real. This CPU's kernels are known to be without noise."""
     hardware.run(experiment)
     rows = {row['arm']: row for row in table(experiment)}
@@ -248,9 +261,9 @@ def test_features_start_on_a_kink_behind_the_relu_alone(config, tmp_path, monkey
     assert onset.steps_on_kinks(counted['post_relu']) == 1
 
 
-def test_the_prediction_is_that_of_the_run(config, tmp_path):
+def test_the_prediction_is_that_of_the_run(toy_config, tmp_path):
     """Without a kink, and before anything grows large, in float64."""
-    config.model.shortcut = 'pre_relu'
+    config = toy_config
     config.param_dtype = 'float64'
     laboratory = onset.Prediction(config, tmp_path)
     with jax.numpy_dtype_promotion('standard'):  # Flax's BatchNorm mixes float64 and float32

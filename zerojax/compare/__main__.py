@@ -10,30 +10,26 @@ Exit status: 0 success; 1 a damaged checkpoint; 2 a mistake in flags or files.
 
 import pathlib
 import sys
-from collections.abc import Sequence
 
 from zerojax.compare.report import report
 from zerojax.compare.several import compare
+from zerojax.host.command import run_command
 from zerojax.host.errors import UsageError
 from zerojax.host.records import write_json
+from zerojax.host.stop import exit_on_signals
 from zerojax.run import cli
 
 
-def parse(argv: Sequence[str]) -> tuple[list[pathlib.Path], pathlib.Path | None]:
+def parse(argv: list[str]) -> tuple[list[pathlib.Path], pathlib.Path | None]:
     """Workdirs and output file that a command line (with the program's name) asks for.
 
     Raises:
         UsageError: an unknown flag, less than two runs, one run twice, or a file that cannot be
             written.
     """
-    workdirs, output = [], None
-    for argument in argv[1:]:
-        if argument.startswith('--output='):
-            output = pathlib.Path(argument.removeprefix('--output='))
-        elif argument.startswith('-'):
-            raise UsageError(f'{argument}: unknown flag; allowed: --output=FILE.json')
-        else:
-            workdirs.append(pathlib.Path(argument))
+    values = cli.text_flags(output=None)
+    workdirs = [pathlib.Path(each) for each in cli.parse(argv, values, positional=True)]
+    output = None if values.output is None else pathlib.Path(values.output)
     if len(workdirs) < 2:
         raise UsageError(f'command line: {len(workdirs)} runs; name at least two workdirs')
     if output is not None and (output.is_dir() or not output.parent.is_dir()):
@@ -44,7 +40,8 @@ def parse(argv: Sequence[str]) -> tuple[list[pathlib.Path], pathlib.Path | None]
     return workdirs, output
 
 
-def run_command(argv: Sequence[str]) -> None:
+def run(argv: list[str]) -> None:
+    """The command; `argv` are the program's name and its arguments."""
     workdirs, output = parse(argv)
     found = compare(workdirs)
     if output is not None:
@@ -57,10 +54,7 @@ def run_command(argv: Sequence[str]) -> None:
 
 def main(argv: list[str]) -> int:
     """Runs the command line `argv` (with the program's name); returns the exit status."""
-    if {'-h', '--help'} & set(argv[1:]):
-        print(__doc__)
-        return 0
-    return cli.exit_status(lambda: run_command(argv))
+    return run_command(run, argv, __doc__, exit_on_signals)
 
 
 if __name__ == '__main__':

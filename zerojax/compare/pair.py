@@ -14,12 +14,11 @@ from ml_collections import ConfigDict
 from zerojax.compare import interpolation, parting, similarity
 from zerojax.compare.saved_runs import (
     Predictions,
-    Run,
+    SavedRun,
     Variables,
     held_out_logits,
     mean_loss,
     network,
-    normalization,
 )
 from zerojax.host.checkpoint import Checkpoints
 from zerojax.host.errors import RunError
@@ -69,7 +68,7 @@ def grams_function(model: Network, mode: str) -> Any:
 
 
 def compare_pair(
-    a: Run, b: Run, found_a: Predictions, found_b: Predictions, dataset: data.Dataset
+    a: SavedRun, b: SavedRun, found_a: Predictions, found_b: Predictions, dataset: data.Dataset
 ) -> Record:
     """Run a against run b; where their networks differ only what needs no common weights."""
     same = same_network(a, b)
@@ -105,7 +104,7 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def align(a: Run, b: Run, num_classes: int) -> tuple[Variables, alignment.Permutations]:
+def align(a: SavedRun, b: SavedRun, num_classes: int) -> tuple[Variables, alignment.Permutations]:
     """b's variables with their features permuted to be like a's, and the permutations."""
     axes = network(a, num_classes).feature_axes()
     permutations = alignment.weight_matching(
@@ -118,7 +117,7 @@ def align(a: Run, b: Run, num_classes: int) -> tuple[Variables, alignment.Permut
     return aligned, permutations
 
 
-def find_parting(a: Run, b: Run, num_classes: int) -> Record:
+def find_parting(a: SavedRun, b: SavedRun, num_classes: int) -> Record:
     """What is known of the step after which they part, from common metrics lines and checkpoints.
 
     'equal_at' is the last step at which nothing known differs, 'different_at' the first at which
@@ -155,7 +154,7 @@ def find_parting(a: Run, b: Run, num_classes: int) -> Record:
     }
 
 
-def common_checkpoints(a: Run, b: Run) -> Iterator[tuple[int, Variables, Variables]]:
+def common_checkpoints(a: SavedRun, b: SavedRun) -> Iterator[tuple[int, Variables, Variables]]:
     """Step and both runs' variables for each checkpoint that both have, rising."""
     with (
         Checkpoints(a.workdir / 'checkpoints', read_only=True) as ours,
@@ -171,7 +170,7 @@ def common_checkpoints(a: Run, b: Run) -> Iterator[tuple[int, Variables, Variabl
             yield step, *pair
 
 
-def compare_losses(a: Run, b: Variables, aligned: Variables, dataset: data.Dataset) -> Record:
+def compare_losses(a: SavedRun, b: Variables, aligned: Variables, dataset: data.Dataset) -> Record:
     """Held-out loss on the straight lines from a to b and to b aligned, and their barriers."""
 
     def losses(end: Variables) -> list[float]:
@@ -195,7 +194,7 @@ def finite_barrier(losses: list[float]) -> float | None:
     return interpolation.barrier(POINTS, losses) if np.isfinite(losses).all() else None
 
 
-def loss_with_own_statistics(run: Run, variables: Variables, dataset: data.Dataset) -> float:
+def loss_with_own_statistics(run: SavedRun, variables: Variables, dataset: data.Dataset) -> float:
     """Held-out loss of the run's network with BatchNorm's statistics recomputed.
 
     They are means over batches of the run's size of the first training images, not augmented.
@@ -205,7 +204,7 @@ def loss_with_own_statistics(run: Run, variables: Variables, dataset: data.Datas
     size = min(run.config.batch_size, len(images))
     on_device = jax.device_put(variables)
     of_batches = [
-        statistics(on_device, images[i : i + size], *normalization(run))
+        statistics(on_device, images[i : i + size], *data.normalization(run.config))
         for i in range(0, len(images) - size + 1, size)
     ]
     mean = jax.tree.map(
@@ -216,13 +215,13 @@ def loss_with_own_statistics(run: Run, variables: Variables, dataset: data.Datas
     return mean_loss(logits_NxC, dataset.eval.labels)
 
 
-def compare_features(a: Run, b: Run, dataset: data.Dataset) -> dict[str, float | None]:
+def compare_features(a: SavedRun, b: SavedRun, dataset: data.Dataset) -> dict[str, float | None]:
     """Linear CKA of each layer's features on the first held-out images."""
     images = dataset.eval.images[:CKA_EXAMPLES]
     ours, theirs = (
         jax.device_get(
             grams_function(network(run, dataset.num_classes), run.config.determinism.mode)(
-                run.variables, images, *normalization(run)
+                run.variables, images, *data.normalization(run.config)
             )
         )
         for run in (a, b)
@@ -241,7 +240,7 @@ def differing_fields(a: ConfigDict, b: ConfigDict) -> Record:
     }
 
 
-def same_network(a: Run, b: Run) -> bool:
+def same_network(a: SavedRun, b: SavedRun) -> bool:
     """Whether weights and statistics of one compute the same function in the other.
 
     How they start, dropout and the way a convolution is computed make no difference, nor do dtypes.

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from zerojax import config as config_lib
 from zerojax.host.checkpoint import Checkpoints, has_checkpoint
 from zerojax.host.errors import UsageError
-from zerojax.host.records import Record
+from zerojax.host.records import Record, read_metrics
 from zerojax.models import Network
 from zerojax.run import data
 from zerojax.step import determinism
@@ -28,7 +28,7 @@ BATCH_SIZE = 500  # held-out images at once
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class SavedRun:
     """A workdir as it was found."""
 
     workdir: pathlib.Path
@@ -53,7 +53,7 @@ class Predictions:
     correct: np.ndarray  # bool [N]
 
 
-def read_run(workdir: pathlib.Path) -> Run:
+def read_run(workdir: pathlib.Path) -> SavedRun:
     """Reads a workdir, in which another process may be training.
 
     Raises:
@@ -68,33 +68,17 @@ def read_run(workdir: pathlib.Path) -> Run:
     try:
         dataset = json.loads((workdir / 'manifest.json').read_text())['dataset']
         dataset['train_sha256'], dataset['eval_sha256']
-        lines = read_lines(workdir / 'metrics.jsonl')
+        lines = read_metrics(workdir / 'metrics.jsonl')
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f'{workdir}: holds no run that can be read: {error}') from error
     with Checkpoints(workdir / 'checkpoints', read_only=True) as checkpoints:
         steps = checkpoints.steps
-        return Run(workdir, config, dataset, lines, steps, checkpoints.read_variables(steps[-1]))
+        return SavedRun(
+            workdir, config, dataset, lines, steps, checkpoints.read_variables(steps[-1])
+        )
 
 
-def read_lines(file: pathlib.Path) -> list[Record]:
-    """The whole lines of a metrics file; the last one may be half written.
-
-    Raises:
-        ValueError: a line is damaged.
-    """
-    whole, _, _ = file.read_text().rpartition('\n')
-    lines = []
-    for number, text in enumerate(whole.splitlines(), start=1):
-        try:
-            line = json.loads(text)
-            line['step'], line['kind']
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f'{file.name}, line {number}: damaged') from error
-        lines.append(line)
-    return lines
-
-
-def load_dataset(runs: Sequence[Run]) -> data.Dataset:
+def load_dataset(runs: Sequence[SavedRun]) -> data.Dataset:
     """The data of the first run, on whose held-out part all of them can be compared.
 
     Raises:
@@ -109,7 +93,7 @@ def load_dataset(runs: Sequence[Run]) -> data.Dataset:
                 f'({describe_dataset(first)}); compare runs of the same data'
             )
     fields = first.config.dataset
-    dataset = data.load(fields.name, fields.data_dir, fields.train_split, fields.eval_split)
+    dataset = data.load_of(first.config)
     for part, split in (('train', dataset.train), ('eval', dataset.eval)):
         if split.sha256() != first.dataset[f'{part}_sha256']:
             raise UsageError(
@@ -120,22 +104,14 @@ def load_dataset(runs: Sequence[Run]) -> data.Dataset:
     return dataset
 
 
-def describe_dataset(run: Run) -> str:
+def describe_dataset(run: SavedRun) -> str:
     fields = run.config.dataset
     return f'dataset.name={fields.name!r}, eval_split={fields.eval_split!r}'
 
 
-def network(run: Run, num_classes: int) -> Network:
+def network(run: SavedRun, num_classes: int) -> Network:
     """The run's network without dropout, which has no part in what is compared."""
-    config = ConfigDict(run.config.to_dict())
-    config.model.dropout = 0.0
-    return config_lib.build_model(config, num_classes)
-
-
-def normalization(run: Run) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each channel."""
-    fields = run.config.dataset
-    return np.array(fields.mean, np.float32), np.array(fields.std, np.float32)
+    return config_lib.build_model(run.config, num_classes, dropout=0.0)
 
 
 @functools.cache
@@ -149,16 +125,16 @@ def logits_function(model: Network, mode: str) -> Any:
     )
 
 
-def held_out_logits(run: Run, variables: Variables, dataset: data.Dataset) -> np.ndarray:
+def held_out_logits(run: SavedRun, variables: Variables, dataset: data.Dataset) -> np.ndarray:
     """Logits of the held-out set, float64 [N, C], that the run's network gives with `variables`."""
     apply = logits_function(network(run, dataset.num_classes), run.config.determinism.mode)
     images = dataset.eval.images
     size = min(BATCH_SIZE, len(images))
     padded = np.pad(images, ((0, -len(images) % size), (0, 0), (0, 0), (0, 0)))
     variables = jax.device_put(variables)
+    mean_and_std = data.normalization(run.config)
     parts = [
-        apply(variables, padded[i : i + size], *normalization(run))
-        for i in range(0, len(padded), size)
+        apply(variables, padded[i : i + size], *mean_and_std) for i in range(0, len(padded), size)
     ]
     return np.concatenate(jax.device_get(parts)).astype(np.float64)[: len(images)]
 
@@ -170,7 +146,7 @@ def mean_loss(logits_NxC: np.ndarray, labels_N: np.ndarray) -> float:
     return -float(np.mean(log_probabilities_NxC[np.arange(len(labels_N)), labels_N]))
 
 
-def predict(run: Run, dataset: data.Dataset) -> Predictions:
+def predict(run: SavedRun, dataset: data.Dataset) -> Predictions:
     """What the run's newest checkpoint predicts, with the statistics that it was saved with."""
     logits_NxC = held_out_logits(run, run.variables, dataset)
     classes_N = np.argmax(logits_NxC, axis=-1)

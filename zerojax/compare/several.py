@@ -7,7 +7,7 @@ import numpy as np
 
 from zerojax.compare import ensemble
 from zerojax.compare.pair import compare_pair, differing_fields, finite, same_network
-from zerojax.compare.saved_runs import Predictions, Run, load_dataset, predict, read_run
+from zerojax.compare.saved_runs import Predictions, SavedRun, load_dataset, predict, read_run
 from zerojax.host.hashes import params_sha256
 from zerojax.host.records import Record
 from zerojax.run.data import Dataset
@@ -49,7 +49,7 @@ def compare(workdirs: Sequence[pathlib.Path]) -> Record:
 
 
 def describe_ensemble(
-    runs: Sequence[Run], predictions: Sequence[Predictions], dataset: Dataset
+    runs: Sequence[SavedRun], predictions: Sequence[Predictions], dataset: Dataset
 ) -> Record:
     """What all runs do together; the variance only of runs of one network and training set."""
     correct_RxN = np.stack([each.correct for each in predictions])

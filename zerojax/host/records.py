@@ -55,3 +55,21 @@ def write_csv(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def read_metrics(file: pathlib.Path) -> list[Record]:
+    """The whole lines of a `metrics.jsonl`; the last one may be half written.
+
+    Raises:
+        ValueError: a line is damaged.
+    """
+    whole, _, _ = file.read_text().rpartition('\n')
+    lines = []
+    for number, text in enumerate(whole.splitlines(), start=1):
+        try:
+            line = json.loads(text)
+            line['step'], line['kind']
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f'{file.name}, line {number}: damaged') from error
+        lines.append(line)
+    return lines

@@ -1,118 +1,134 @@
-"""The command line: from flags to a checked config and a workdir."""
+"""Flags: from a command line to a checked config and a workdir.
 
-import logging as python_logging
+A command names its own flags with `text_flags`, and `parse_flags` adds --config and --workdir to
+them; one without a config calls `parse`. `--NAME=VALUE` and `--NAME VALUE` are the same.
+"""
+
+import contextlib
 import pathlib
-import sys
-import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
 
-import jax
-from absl import flags, logging
+from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from zerojax import config as config_lib
 from zerojax.host import distributed, objectstore
-from zerojax.host.errors import RunError, UsageError
-from zerojax.host.stop import Stopped
+from zerojax.host.errors import UsageError
+
+# Of a command whose runs may be on several processes, for `join_processes`.
+DISTRIBUTED = {'distributed': None, 'distributed_timeout': str(distributed.TIMEOUT)}
 
 
-def exit_status(command: Callable[[], object]) -> int:
-    """Runs a command; prints what it raises as one line on stderr and returns the exit status."""
-    # Orbax and TFDS warn of what is normal here, and log errors that they raise as well. Orbax
-    # leaves reads behind when one of them fails.
-    warnings.filterwarnings('ignore', 'coroutine .* was never awaited', RuntimeWarning)
-    if not isinstance(sys.unraisablehook, _WithoutLateOperations):
-        sys.unraisablehook = _WithoutLateOperations(sys.unraisablehook)
-    logging.set_verbosity(logging.FATAL)
-    python_logging.getLogger('asyncio').setLevel(python_logging.CRITICAL)
-    try:
-        command()
-    except UsageError as error:
-        _print_error(str(error))
-        return 2
-    except RunError as error:
-        _print_error(str(error))
-        return 1
-    except OSError as error:
-        where = f'{error.filename}: ' if error.filename else ''
-        _print_error(f'{where}{error.strerror or error}; mend that, and the same command goes on')
-        return 1
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        reason = (str(error).splitlines() or ['MemoryError'])[0]
-        if not (isinstance(error, MemoryError) or 'Out of memory' in reason):
-            raise
-        _print_error(
-            f'memory does not suffice ({reason}); try a smaller batch_size, model.width or '
-            'model.depth'
-        )
-        return 1
-    except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        return 128 + stopped.signal
-    return 0
-
-
-class _WithoutLateOperations:
-    """Leaves out what reads and writes of Orbax say that end after one of them has failed."""
-
-    def __init__(self, otherwise: Callable[[Any], object]) -> None:
-        self.otherwise = otherwise
-
-    def __call__(self, unraisable: Any) -> None:
-        error = unraisable.exc_value
-        if not (isinstance(error, RuntimeError) and str(error) == 'Event loop is closed'):
-            self.otherwise(unraisable)
-
-
-def _print_error(message: str) -> None:
-    """Whatever it quotes, the message is one line that no terminal takes for a command."""
-    printable = ''.join(c if c.isprintable() else repr(c)[1:-1] for c in message)
-    print(f'error: {printable}', file=sys.stderr)
+def text_flags(**defaults: str | None) -> flags.FlagValues:
+    """Flags by name, with their defaults; once parsed, attributes have their values."""
+    values = flags.FlagValues()
+    for name, default in defaults.items():
+        flags.DEFINE_string(name, default, '', flag_values=values)
+    return values
 
 
 def parse_flags(
-    argv: list[str], *, prefix: str = '', stores: bool = False
+    argv: list[str],
+    values: flags.FlagValues | None = None,
+    *,
+    config_file: str | None = None,
+    workdir: str = 'runs/NAME',
+    stores: bool = False,
 ) -> tuple[ConfigDict, pathlib.Path]:
     """The checked config and the workdir that a command line (with the program's name) asks for.
 
-    `prefix` goes before the NAME of the default workdir, runs/NAME. With `stores` the workdir may
-    be gs://BUCKET/RUN.
+    Args:
+        argv: the command line.
+        values: the command's own flags, which are parsed too.
+        config_file: taken without --config; None: it must be given.
+        workdir: taken without --workdir; NAME in it stands for that of the config, see `name_of`.
+        stores: whether the workdir may be gs://BUCKET/RUN.
 
     Raises:
         UsageError: names the flag or field, its value, and what is allowed.
     """
-    values = flags.FlagValues()
-    workdir_flag = flags.DEFINE_string('workdir', None, '', flag_values=values)
-    for argument in argv[1:]:
-        name = argument.lstrip('-').split('=')[0]
-        if argument.startswith('-') and name.startswith('config.'):
-            config_lib.check_field_exists(name.removeprefix('config.'))
-    try:
-        config_flag = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
-        remaining = values(argv)
-        if not config_flag.present:
-            raise UsageError('--config: missing; to begin with, --config=configs/digits.py')
-        config, source = config_flag.value, config_flags.get_config_filename(values['config'])
-        if not isinstance(config, ConfigDict):
-            raise UsageError(f'--config={source}: get_config() must return a ConfigDict')
-    except UsageError:
-        raise
-    except Exception as error:  # a config file is a program and may raise anything
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        raise UsageError(f'command line: {reason}') from error
-    if len(remaining) > 1:
-        raise UsageError(f'command line: unexpected argument {remaining[1]!r}')
-    config_lib.check(config)
-    workdir = workdir_flag.value or default_workdir(source, prefix)
-    if '://' in workdir:
-        if stores:
-            return config, objectstore.open_workdir(workdir)
+    values = text_flags() if values is None else values
+    flags.DEFINE_string('workdir', None, '', flag_values=values)
+    fields_named(argv, 'config')
+    with _mistakes():  # a default file is run at once
+        config_flags.DEFINE_config_file('config', config_file, flag_values=values, sys_argv=argv)
+    parse(argv, values)
+    if not (values['config'].present or config_file):
+        raise UsageError('--config: missing; to begin with, --config=configs/digits.py')
+    source = config_flags.get_config_filename(values['config'])
+    if not isinstance(values.config, ConfigDict):
+        raise UsageError(f'--config={source}: get_config() must return a ConfigDict')
+    config_lib.check(values.config)
+    where = values.workdir or workdir.replace('NAME', name_of(source))
+    if '://' not in where:
+        return values.config, pathlib.Path(where)
+    if not stores:
         raise UsageError(
-            f'--workdir={workdir}: must be a folder of a file system; only zerojax.main trains on '
+            f'--workdir={where}: must be a folder of a file system; only zerojax.main trains on '
             'object storage, see docs/cloud.md'
         )
-    return config, pathlib.Path(workdir)
+    return values.config, objectstore.open_workdir(where)
+
+
+def parse(argv: list[str], values: flags.FlagValues, *, positional: bool = False) -> list[str]:
+    """Parses a command line (with the program's name); the arguments that are no flags.
+
+    Raises:
+        UsageError: names the flag and its value; or there are such arguments without `positional`.
+    """
+    values.set_gnu_getopt()  # flags may follow them
+    with _mistakes():
+        arguments = values(argv)[1:]
+    if arguments and not positional:
+        raise UsageError(f'command line: unexpected argument {arguments[0]!r}')
+    return arguments
+
+
+@contextlib.contextmanager
+def _mistakes() -> Iterator[None]:
+    """Makes a UsageError of anything: a config file is a program and may raise what it likes."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise UsageError(f'command line: {reason}') from error
+
+
+def fields_named(argv: list[str], group: str) -> list[str]:
+    """The config's fields that a command line names as --GROUP.FIELD.
+
+    Raises:
+        UsageError: there is no such field.
+    """
+    flag_names = [each.lstrip('-').split('=')[0] for each in argv[1:] if each.startswith('-')]
+    group = f'{group}.'
+    fields = [name.removeprefix(group) for name in flag_names if name.startswith(group)]
+    for field in fields:
+        config_lib.check_field_exists(field)
+    return fields
+
+
+def count(values: flags.FlagValues, name: str, *, least: int) -> int:
+    """The whole number that a flag of text holds.
+
+    Raises:
+        UsageError: it holds something else, or less than `least`.
+    """
+    text = getattr(values, name)
+    if not (text.isascii() and text.isdigit() and len(text) < 10) or int(text) < least:
+        raise UsageError(f'--{name}={text}: must be a whole number of at least {least}')
+    return int(text)
+
+
+def join_processes(values: flags.FlagValues) -> None:
+    """Joins the other processes if the flags `DISTRIBUTED` say so; before any use of a device.
+
+    Raises:
+        UsageError: one of them is wrong.
+    """
+    timeout = count(values, 'distributed_timeout', least=1)
+    if values.distributed is not None:
+        distributed.start(values.distributed, timeout)
 
 
 def make_folder(workdir: pathlib.Path) -> None:
@@ -129,41 +145,8 @@ def make_folder(workdir: pathlib.Path) -> None:
         ) from None
 
 
-def take_flag(argv: list[str], name: str) -> str | None:
-    """Takes --NAME=VALUE, a flag of one command alone, out of `argv`; its value, or None."""
-    values = [each.removeprefix(f'--{name}=') for each in argv if each.startswith(f'--{name}=')]
-    argv[:] = [each for each in argv if not each.startswith(f'--{name}=')]
-    return values[-1] if values else None
-
-
-def join_processes(argv: list[str]) -> None:
-    """Takes --distributed and --distributed_timeout out of `argv`, and joins the others if told to.
-
-    Raises:
-        UsageError: a flag is wrong.
-    """
-    timeout = take_count(argv, 'distributed_timeout', distributed.TIMEOUT, least=1)
-    where = take_flag(argv, 'distributed')
-    if where is not None:
-        distributed.start(where, timeout)
-
-
-def take_count(argv: list[str], name: str, default: int, least: int) -> int:
-    """Takes --NAME=N out of `argv`.
-
-    Raises:
-        UsageError: N is no whole number of at least `least`.
-    """
-    text = take_flag(argv, name)
-    if text is None:
-        return default
-    if not (text.isascii() and text.isdigit() and len(text) < 10) or int(text) < least:
-        raise UsageError(f'--{name}={text}: must be a whole number of at least {least}')
-    return int(text)
-
-
-def default_workdir(source: str, prefix: str = '') -> str:
-    """runs/NAME for configs/NAME.py, runs/NAME_VARIANT for configs/NAME.py:VARIANT."""
+def name_of(source: str) -> str:
+    """NAME for configs/NAME.py, NAME_VARIANT for configs/NAME.py:VARIANT."""
     file, _, variant = source.partition(':')
-    name = prefix + pathlib.PurePath(file).stem
-    return f'runs/{name}_{variant}' if variant else f'runs/{name}'
+    name = pathlib.PurePath(file).stem
+    return f'{name}_{variant}' if variant else name
