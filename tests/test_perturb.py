@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import quick
 
 from zerojax import perturb
 from zerojax.perturb import Perturbation, chosen, gaussian, perturb_weights
@@ -25,7 +26,7 @@ def weights(dtype=jnp.float32):
 
 def test_noise_has_the_stated_law():
     """Mean 0 and deviation `scale`, from 9216 zero weights: relative deviation 1 / sqrt(2 n)."""
-    noise = np.asarray(gaussian(weights(), KEY, 1e-3)['block1_0']['conv']['kernel'])
+    noise = np.asarray(quick.jit(gaussian)(weights(), KEY, 1e-3)['block1_0']['conv']['kernel'])
     assert noise.std() == pytest.approx(1e-3, rel=0.03)
     assert abs(noise.mean()) < 4e-3 / np.sqrt(noise.size)
     assert len(np.unique(noise)) > 0.99 * noise.size
@@ -66,7 +67,8 @@ def changed(before, after):
 def test_relative_noise_is_relative():
     """And 0 stays 0."""
     params = {'a': jnp.array([1e-6, -1.0, 1e6, 0.0] * 40_000)}
-    noisy = np.asarray(gaussian(params, KEY, 1e-2, relative=True)['a']).reshape(-1, 4)
+    noisy = quick.jit(lambda params: gaussian(params, KEY, 1e-2, relative=True))(params)['a']
+    noisy = np.asarray(noisy).reshape(-1, 4)
     relative = noisy[:, :3] / np.array([1e-6, -1.0, 1e6]) - 1
     np.testing.assert_allclose(relative.std(axis=0), 1e-2, rtol=0.03)
     assert (noisy[:, 3] == 0).all()
@@ -83,7 +85,7 @@ def test_one_noise_serves_all_precisions_and_is_rounded_once(dtype):
 
 def test_float64_keeps_what_float32_would_round_away():
     with jax.enable_x64(True):
-        noisy = gaussian({'a': jnp.ones(100, jnp.float64)}, KEY, 1e-12)['a'] - 1
+        noisy = quick.jit(gaussian)({'a': jnp.ones(100, jnp.float64)}, KEY, 1e-12)['a'] - 1
         assert 0 < float(jnp.abs(noisy).max()) < 1e-11
 
 
@@ -94,14 +96,13 @@ def test_one_weight_changes_one_that_is_not_zero(layers, expected):
         'stem': jnp.full((3, 4), 2.0),
         'block': {'kernel': jnp.zeros((5, 5)), 'scale': jnp.full(8, 2.0)},
     }
-    after = perturb.one_weight(params, KEY, 0.25, layers)
-    assert sum(changed(params, after).values()) == 1
-    assert max(float(x.max()) for x in jax.tree.leaves(after)) == 2.5
+    one_weight = jax.vmap(lambda key: perturb.one_weight(params, key, 0.25, layers))
+    hits = quick.jit(one_weight)(jax.random.split(KEY, 1000 * expected))
+    first = jax.tree.map(lambda x: np.asarray(x)[0], hits)
+    assert sum(changed(params, first).values()) == 1
+    assert max(x.max() for x in jax.tree.leaves(first)) == 2.5
 
-    hits = jax.vmap(lambda key: perturb.one_weight(params, key, 0.25, layers))(
-        jax.random.split(KEY, 1000 * expected)
-    )
-    counts = [np.asarray(x == 2.5).sum(axis=0).ravel() for x in jax.tree.leaves(hits)]
+    counts = [(np.asarray(x) == 2.5).sum(axis=0).ravel() for x in jax.tree.leaves(hits)]
     met = np.concatenate(counts)
     met = met[met > 0]
     assert len(met) == expected
@@ -111,7 +112,7 @@ def test_one_weight_changes_one_that_is_not_zero(layers, expected):
 
 def test_one_weight_of_none_is_none():
     params = {'a': jnp.zeros(5)}
-    assert changed(params, perturb.one_weight(params, KEY, 0.5)) == {}
+    assert changed(params, quick.jit(perturb.one_weight)(params, KEY, 0.5)) == {}
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
@@ -119,7 +120,7 @@ def test_one_weight_of_none_is_none():
 def test_ulp_moves_as_many_weights_to_the_next_number_above(dtype, count):
     values = np.array([1.0, -1.0, 0.0, 3e-5, -7.25] * 8)
     params = {'a': jnp.asarray(values, dtype), 'b': {'c': jnp.zeros((2, 2), dtype)}}
-    after = perturb.ulp(params, KEY, count)
+    after = quick.jit(lambda params: perturb.ulp(params, KEY, count))(params)
     assert changed(params, after) == {'a': min(count, 32)}
     above = jnp.nextafter(params['a'], jnp.asarray(jnp.inf, dtype))
     assert ((after['a'] == params['a']) | (after['a'] == above)).all()
@@ -129,7 +130,7 @@ def test_dtypes_may_be_mixed():
     params = {'a': jnp.ones(50, jnp.float32), 'b': jnp.ones(50, jnp.bfloat16)}
     for kind in ('gaussian', 'one_weight', 'ulp'):
         p = Perturbation(kind, 0.0 if kind == 'ulp' else 0.5, count=30 if kind == 'ulp' else 1)
-        after = perturb_weights(p, params, KEY, jnp.int32(0))
+        after = quick.jit(lambda params, p=p: perturb_weights(p, params, KEY, jnp.int32(0)))(params)
         assert [after[k].dtype for k in 'ab'] == [jnp.float32, jnp.bfloat16]
         assert changed(params, after)
 
@@ -141,7 +142,7 @@ def test_unequal_init_leaves_so_many_unique_features(count):
         'a': {'kernel': jnp.ones((4, 8))},
         'b': {'kernel': jnp.ones((8, 9)), 'bias': jnp.zeros(9)},
     }
-    after = perturb.unequal_init(params, axes, KEY, 0.1, count)
+    after = quick.jit(lambda params: perturb.unequal_init(params, axes, KEY, 0.1, count))(params)
     assert changed(params, after).keys() == {'a/kernel', 'b/kernel', 'b/bias'}
     kernel = np.asarray(after['b']['kernel'])
     assert len(np.unique(kernel, axis=0)) == min(count, 8)
@@ -166,7 +167,7 @@ def test_it_is_due_exactly_when_it_should_be(kind, every, due):
 @pytest.mark.parametrize('kind', ['gaussian', 'one_weight'])
 def test_each_time_the_noise_is_new_and_between_nothing_changes(kind):
     perturbation = Perturbation(kind, 1e-3, at_step=1, every=2)
-    step_weights = jax.jit(lambda step: perturb_weights(perturbation, weights(), KEY, step))
+    step_weights = quick.jit(lambda step: perturb_weights(perturbation, weights(), KEY, step))
     seen = [bytes(np.asarray(step_weights(step)['stem']['kernel'])) for step in range(6)]
     plain = bytes(np.asarray(weights()['stem']['kernel']))
     assert [each == plain for each in seen] == [True, False] * 3
@@ -199,26 +200,36 @@ STACK_AXES = {
 }
 
 
+IMAGES = np.random.default_rng(9).normal(size=(8, 12, 12, 2)).astype(np.float32)
+
+
+RNG = np.random.default_rng(10)
+STACK_PARAMS = {
+    'first': {'kernel': RNG.normal(size=(3, 3, 2, 6)), 'bias': RNG.normal(size=6)},
+    'second': {'kernel': RNG.normal(size=(3, 3, 6, 5)), 'bias': RNG.normal(size=5)},
+    'head': {'kernel': RNG.normal(size=(5, 3)), 'bias': RNG.normal(size=3)},
+}
+STACK_PARAMS = jax.tree.map(lambda x: np.float32(x / np.sqrt(x[..., 0].size)), STACK_PARAMS)
+
+
+def stack(params, perturbation=None, key=KEY):
+    """Sum of squares of the logits, and the outputs of the layers."""
+    context = contextlib.nullcontext()
+    if perturbation is not None:
+        context = perturb.perturbed_outputs(perturbation, STACK_AXES, key)
+    with context:
+        logits, captured = Stack().apply(
+            {'params': params}, IMAGES, capture_intermediates=True, mutable=['intermediates']
+        )
+    outputs = {k: v['__call__'][0] for k, v in captured['intermediates'].items() if k != '__call__'}
+    return jnp.sum(logits**2), outputs
+
+
+jitted_stack = quick.jit(stack, static_argnums=1)
+
+
 def stack_outputs(perturbation=None, key=KEY):
-    """Outputs of the layers, and the gradient of the first kernel."""
-    images = jax.random.normal(jax.random.key(9), (8, 12, 12, 2))
-    params = Stack().init(jax.random.key(0), images)['params']
-
-    def loss(params):
-        context = contextlib.nullcontext()
-        if perturbation is not None:
-            context = perturb.perturbed_outputs(perturbation, STACK_AXES, key)
-        with context:
-            logits, captured = Stack().apply(
-                {'params': params}, images, capture_intermediates=True, mutable=['intermediates']
-            )
-        outputs = {
-            k: v['__call__'][0] for k, v in captured['intermediates'].items() if k != '__call__'
-        }
-        return jnp.sum(logits**2), outputs
-
-    (_, outputs), gradients = jax.value_and_grad(loss, has_aux=True)(params)
-    return outputs, gradients
+    return jitted_stack(STACK_PARAMS, perturbation, key)[1]
 
 
 def test_layers_with_output_features_are_found_from_the_declaration():
@@ -229,14 +240,14 @@ def test_layers_with_output_features_are_found_from_the_declaration():
 
 @pytest.mark.parametrize('kind,scale', [('activation', 1e-3), ('dropout', 0.3), ('disout', 0.3)])
 def test_only_the_chosen_layer_is_perturbed_and_what_follows_from_it(kind, scale):
-    plain, _ = stack_outputs()
-    second, _ = stack_outputs(Perturbation(kind, scale, layers='second'))
+    plain = stack_outputs()
+    second = stack_outputs(Perturbation(kind, scale, layers='second'))
     assert changed(plain, second).keys() == {'second', 'head'}
-    both, _ = stack_outputs(Perturbation(kind, scale))
+    both = stack_outputs(Perturbation(kind, scale))
     assert changed(plain, both).keys() == {'first', 'second', 'head'}
-    again, _ = stack_outputs(Perturbation(kind, scale))
+    again = stack_outputs(Perturbation(kind, scale))
     assert changed(both, again) == {}
-    other, _ = stack_outputs(Perturbation(kind, scale), key=jax.random.key(5))
+    other = stack_outputs(Perturbation(kind, scale), key=jax.random.key(5))
     assert changed(both, other)
 
 
@@ -246,19 +257,20 @@ def test_a_kind_that_does_not_act_on_outputs_is_refused_for_them():
 
 
 def test_noise_on_activations_has_the_stated_law():
-    plain, _ = stack_outputs()
-    noisy, _ = stack_outputs(Perturbation('activation', 1e-2, layers='second'))
+    plain = stack_outputs()
+    noisy = stack_outputs(Perturbation('activation', 1e-2, layers='second'))
     noise = np.asarray(noisy['second'] - plain['second'])
     assert noise.std() == pytest.approx(1e-2, rel=0.03)
-    noisy, _ = stack_outputs(Perturbation('activation', 1e-2, layers='second', relative=True))
+    noisy = stack_outputs(Perturbation('activation', 1e-2, layers='second', relative=True))
     relative = np.asarray(noisy['second'] / plain['second'] - 1)
     assert relative.std() == pytest.approx(1e-2, rel=0.03)
 
 
 def test_backward_noise_changes_gradients_and_no_output():
     perturbation = Perturbation('activation', 1e-3, layers='first', backward=True)
-    outputs, plain = stack_outputs()
-    same, noisy = stack_outputs(perturbation)
+    gradient = quick.jit(jax.grad(stack, has_aux=True), static_argnums=1)
+    plain, outputs = gradient(STACK_PARAMS)
+    noisy, same = gradient(STACK_PARAMS, perturbation)
     assert changed(outputs, same) == {}
     assert changed(plain, noisy).keys() == {'first/bias', 'first/kernel'}
     # The bias gets the sum of all gradients of its feature.
@@ -267,8 +279,8 @@ def test_backward_noise_changes_gradients_and_no_output():
 
 
 def test_dropout_drops_its_share_and_keeps_the_mean():
-    plain, _ = stack_outputs()
-    dropped, _ = stack_outputs(Perturbation('dropout', 0.3, layers='second'))
+    plain = stack_outputs()
+    dropped = stack_outputs(Perturbation('dropout', 0.3, layers='second'))
     kept = np.asarray(dropped['second'] != 0)
     assert kept.mean() == pytest.approx(0.7, abs=0.03)
     np.testing.assert_allclose(
@@ -278,11 +290,12 @@ def test_dropout_drops_its_share_and_keeps_the_mean():
 
 @pytest.mark.parametrize('size,rate', [(16, 0.1), (12, 0.3), (4, 0.2)])
 def test_disout_distorts_whole_blocks_by_weak_noise(size, rate):
-    x = 9 + jax.random.normal(jax.random.key(1), (64 * (16 // size) ** 2, size, size, 8))
-    x, y = np.asarray(x), np.asarray(perturb.disout(x, KEY, rate))
+    shape = (64 * (16 // size) ** 2, size, size, 8)
+    x = np.random.default_rng(1).normal(9, 1, shape).astype(np.float32)
+    y = np.asarray(quick.jit(perturb.disout)(x, KEY, rate))
     kept_share = 1 - np.mean(y < 1)
     distorted = y < 1
-    np.testing.assert_allclose(y[~distorted], np.asarray(x)[~distorted] / kept_share, rtol=1e-5)
+    np.testing.assert_allclose(y[~distorted], x[~distorted] / kept_share, rtol=1e-5)
     assert np.std(y[distorted]) == pytest.approx(0.01 * np.std(x) / kept_share, rel=0.05)
     # Blocks overlap, so the share lies below the rate, and not far.
     assert 0.6 * rate < 1 - kept_share < 1.1 * rate
@@ -298,15 +311,16 @@ def test_disout_distorts_whole_blocks_by_weak_noise(size, rate):
 
 
 def test_disout_without_space_distorts_single_entries_and_rate_0_none():
-    x = 9 + jax.random.normal(jax.random.key(1), (64, 300))
-    assert np.mean(np.asarray(perturb.disout(x, KEY, 0.2)) < 1) == pytest.approx(0.2, abs=0.01)
-    np.testing.assert_array_equal(perturb.disout(x, KEY, 0.0), x)
+    x = np.random.default_rng(1).normal(9, 1, (64, 300)).astype(np.float32)
+    disout = quick.jit(perturb.disout)
+    assert np.mean(np.asarray(disout(x, KEY, 0.2)) < 1) == pytest.approx(0.2, abs=0.01)
+    np.testing.assert_array_equal(disout(x, KEY, 0.0), x)
 
 
 def test_noise_on_gradients_is_relative():
     grads = {'a': jnp.array([1e-6, -1.0, 0.0] * 5000), 'b': jnp.ones(3)}
     p = Perturbation('gradient', 1e-7 * 100, layers='a')
-    noisy = perturb.perturb_gradients(p, grads, KEY, jnp.int32(4))
+    noisy = quick.jit(lambda grads: perturb.perturb_gradients(p, grads, KEY, jnp.int32(4)))(grads)
     assert changed(grads, noisy).keys() == {'a'}
     relative = np.asarray(noisy['a'] / jnp.where(grads['a'] == 0, 1, grads['a'])).reshape(-1, 3)
     np.testing.assert_allclose(relative[:, :2].std(axis=0), 1e-5, rtol=0.05)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import trees
+import quick
 
 from zerojax import models, perturb
 from zerojax.compare import similarity
@@ -36,7 +36,7 @@ def any_variables(model, seed):
 
 
 def initial_params(model):
-    return trees.quick_jit(
+    return quick.jit(
         lambda: model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), train=False)['params']
     )()
 
@@ -59,7 +59,7 @@ def test_permuted_features_compute_the_same_function(network):
     permuted = permute_all(variables, axes, permutations)
     with jax.enable_x64(True):
         images = jnp.asarray(np.random.default_rng(1).normal(size=(3, 8, 8, 1)))
-        apply = trees.quick_jit(lambda x: model.apply(x, images, train=False))
+        apply = quick.jit(lambda x: model.apply(x, images, train=False))
         logits, after = apply(variables), apply(permuted)
     np.testing.assert_allclose(after, logits, rtol=1e-12)
     assert similarity.l2_distance(variables, permuted) > 1
@@ -84,7 +84,7 @@ def test_features_that_hardly_differ_are_told_apart(dtype):
     params = initial_params(model)
     params = jax.tree.map(lambda x: np.asarray(x).astype(dtype), params)
     noise = 4 * float(jnp.finfo(dtype).eps)
-    params = trees.quick_jit(perturb.gaussian)(params, jax.random.key(1), noise)
+    params = quick.jit(perturb.gaussian)(params, jax.random.key(1), noise)
     params = jax.device_get(params)
     permuted = alignment.permute(params, axes, random_permutations(params, axes))
     found = alignment.weight_matching(params, permuted, axes)

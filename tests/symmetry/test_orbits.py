@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 import trees
 
 from zerojax import models, symmetry
@@ -48,7 +49,7 @@ def test_networks_start_with_as_many_orbits_as_their_initialisation_says(
     model = models.create(**arguments)
     axes = model.feature_axes()['params']
 
-    @trees.quick_jit
+    @quick.jit
     def init():
         return model.init(jax.random.key(0), jnp.zeros((1, 8, 8, channels)), train=False)['params']
 
@@ -56,7 +57,7 @@ def test_networks_start_with_as_many_orbits_as_their_initialisation_says(
     found = symmetry.find_orbits(params, axes)
     assert set(found.counts().values()) == counts
 
-    @trees.quick_jit
+    @quick.jit
     def measures(params):
         asymmetry, distance = (
             jnp.max(jnp.stack(list(measure(params, axes, found).values())))

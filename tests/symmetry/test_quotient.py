@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import trees
+import quick
 
 from zerojax import models, symmetry
 from zerojax.run import data
@@ -35,7 +35,7 @@ def batches():
 
 
 def initial_state(model, tx, dtype=jnp.float32):
-    return trees.quick_jit(
+    return quick.jit(
         lambda: create_state(model, tx, (8, 8, 1), seed=0, perturbation_seed=0, dtype=dtype)
     )()
 
@@ -44,7 +44,7 @@ def losses(model, tx, state):
     """[STEPS], and the last state."""
     step = train_step_function(model, tx)
 
-    @trees.quick_jit
+    @quick.jit
     def train(state):
         def one(state, batch):
             state, metrics = step(state, batch)

@@ -1,14 +1,8 @@
 """Small trees with a declaration, and features that are equal within known orbits."""
 
-import functools
-
-import jax
 import numpy as np
 
 from zerojax.symmetry import Orbits
-
-# For what is compiled once and run for a moment: LLVM takes most of the time.
-quick_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 # Of three features at 'a' (two and one), five at 'b' (two, two, one).
 ORBITS = Orbits({'a': np.array([0, 1, 0]), 'b': np.array([0, 1, 0, 1, 4])}, {})
