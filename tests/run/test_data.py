@@ -213,3 +213,14 @@ def test_mixup_mixes_images_and_labels_by_one_share():
         for i in range(60)
     ]
     assert np.mean(np.array(shares) > 0.95) > 0.4, 'Beta(0.2, 0.2) is mostly near 0 or 1'
+
+
+def test_the_newest_dataset_is_kept(tiny_config):
+    first = data.load_of(tiny_config)
+    assert data.load_of(tiny_config) is first
+    tiny_config.dataset.eval_split = 'train'
+    assert data.load_of(tiny_config).eval is not first.eval
+    tiny_config.dataset.eval_split = 'test'
+    again = data.load_of(tiny_config)
+    assert again is not first
+    assert again.train.sha256() == first.train.sha256()
