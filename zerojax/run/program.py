@@ -363,12 +363,7 @@ def check_memory(config: ConfigDict, dataset: data.Dataset) -> None:
     Raises:
         UsageError: they do not.
     """
-    # The same shapes, but initializers that make no array when they are only traced.
-    random = {'constnet': 'he', 'leakynet': 'h' * (config.model.depth - 3), 'mlp': 'random'}
-    shapes_of = ConfigDict(config.to_dict())
-    shapes_of.model.init = random.get(config.model.name, config.model.init)
-    shapes_of.model.sigma_w = None
-    new = functools.partial(new_state, shapes_of, dataset)
+    new = functools.partial(new_state, config, dataset)
     state = jax.eval_shape(new, scalars_of(config))
     arrays = jax.tree.leaves((state.params, state.params, state.opt_state, state.batch_stats))
     needed = sum(x.size * x.dtype.itemsize for x in arrays)
