@@ -79,7 +79,7 @@ def _to_torch(array: np.ndarray) -> np.ndarray:
 
 def _check_widths(variables: dict[tuple[str, ...], Any], model: ConstNet | LeakyNet) -> None:
     """Axes of one name must have one size, and each block the model's number of features."""
-    sizes = {'stem': 16} | {name: features for name, features, _ in model.blocks()}
+    sizes = {'stem': 16} | {block.name: block.features for block in model.blocks()}
     for path, axes in flatten_dict(model.feature_axes()).items():
         for axis, name in enumerate(axes):
             size = variables[path].shape[axis]
@@ -103,8 +103,8 @@ def unused_in_reference(model: Network) -> dict[str, np.ndarray]:
     """
     model = _of_the_paper(model)
     arrays = {}
-    for name, features, _ in model.blocks():
-        stage, layer = name.split('_')
+    for place in model.blocks():
+        stage, layer = place.name.split('_')
         block = f'{stage}.layer.{layer}'
         for i in range(2):
             arrays[f'{block}.biases.{i}'] = np.zeros(1, np.float32)
@@ -118,7 +118,7 @@ def unused_in_reference(model: Network) -> dict[str, np.ndarray]:
                 ('running_mean', 0),
                 ('running_var', 1),
             ):
-                arrays[f'{block}.bn.{last}'] = np.full(features, value, np.float32)
+                arrays[f'{block}.bn.{last}'] = np.full(place.features, value, np.float32)
     return arrays
 
 

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,11 +13,16 @@ from zerojax import models, symmetry
 def test_constnet_trains_in_nnx_as_in_linen_and_keeps_its_symmetry():
     """Through Flax's bridge: same weights, logits, gradients and statistics."""
     model = models.create('constnet', depth=7, width=1, convolution='patches')
-    key = jax.random.key(3)
-    images = jax.random.normal(key, (16, 8, 8, 1))
-    labels = jax.random.randint(key, (16,), 0, 10)
-    network = bridge.ToNNX(model, rngs=nnx.Rngs(0)).lazy_init(images, train=False)
-    variables = model.init(jax.random.key(0), images, train=False)
+    rng = np.random.default_rng(3)
+    images = rng.normal(size=(16, 8, 8, 1)).astype(np.float32)
+    labels = rng.integers(0, 10, 16)
+    variables = jax.jit(functools.partial(model.init, train=False))(jax.random.key(0), images)
+
+    @nnx.jit
+    def start():
+        return bridge.ToNNX(model, rngs=nnx.Rngs(0)).lazy_init(images, train=False)
+
+    network = start()
     tx = optax.sgd(0.1)
     optimizer = nnx.Optimizer(network, tx, wrt=nnx.Param)
     opt_state = tx.init(variables['params'])

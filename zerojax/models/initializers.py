@@ -10,9 +10,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax import lax
 from jax.nn.initializers import Initializer, variance_scaling, zeros
-from scipy.linalg import hadamard as hadamard_matrix
 
 LETTERS = {
     '1': 'averaging',
@@ -24,15 +23,14 @@ LETTERS = {
 NOISY_CONSTANT = 0.99  # share of the constant in a noisy layer; the rest is variance of the noise
 
 
-def _on_centre_tap(matrix: np.ndarray, shape: Sequence[int], dtype: Any) -> jax.Array:
+def _on_centre_tap(matrix: jax.Array, shape: Sequence[int]) -> jax.Array:
     """A kernel that is `matrix` [c_in, c_out] at its centre tap and 0 at all others."""
     *sides, _, _ = shape
     if any(side % 2 == 0 for side in sides):
         size = 'x'.join(map(str, sides))
         raise ValueError(f'needs a kernel with a centre tap, not one of {size}')
-    kernel = np.zeros(shape)
-    kernel[tuple(side // 2 for side in sides)] = matrix
-    return jnp.asarray(kernel, dtype)
+    kernel = matrix.reshape(*(1 for _ in sides), *matrix.shape)
+    return jnp.pad(kernel, [*((side // 2, side // 2) for side in sides), (0, 0), (0, 0)])
 
 
 def averaging(factor: float = 1.0) -> Initializer:
@@ -46,7 +44,7 @@ def averaging(factor: float = 1.0) -> Initializer:
         key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32, out_sharding: Any = None
     ) -> jax.Array:
         del key, out_sharding
-        return _on_centre_tap(np.full(shape[-2:], factor / shape[-2]), shape, dtype)
+        return _on_centre_tap(jnp.full(shape[-2:], factor / shape[-2], dtype), shape)
 
     return init
 
@@ -65,10 +63,9 @@ def tiled_identity(factor: float = 1.0) -> Initializer:
         c_in, c_out = shape[-2:]
         if c_out < c_in:
             raise ValueError(f'identity of {c_in} features onto {c_out}: needs at least as many')
-        features = np.arange(c_out)
-        matrix = np.zeros((c_in, c_out))
-        matrix[features % c_in, features] = factor
-        return _on_centre_tap(matrix, shape, dtype)
+        is_copy = jnp.arange(c_in)[:, None] == jnp.arange(c_out)[None, :] % c_in
+        matrix = jnp.where(is_copy, jnp.asarray(factor, dtype), jnp.zeros((), dtype))
+        return _on_centre_tap(matrix, shape)
 
     return init
 
@@ -88,11 +85,13 @@ def hadamard() -> Initializer:
         del key, out_sharding
         c_in, c_out = shape[-2:]
         if c_out <= c_in:
-            matrix = np.eye(c_in, c_out)
-        else:
+            matrix = jnp.eye(c_in, c_out, dtype=dtype)
+        else:  # entry (i, j) has the sign (-1)^(number of bits that i and j share)
             size = 2 ** math.ceil(math.log2(c_out))
-            matrix = hadamard_matrix(size)[:c_in, :c_out] / math.sqrt(size)
-        return _on_centre_tap(matrix, shape, dtype)
+            shared = jnp.arange(c_in)[:, None] & jnp.arange(c_out)[None, :]
+            entry = jnp.asarray(1 / math.sqrt(size), dtype)
+            matrix = jnp.where(lax.population_count(shared) % 2 == 0, entry, -entry)
+        return _on_centre_tap(matrix, shape)
 
     return init
 

@@ -1,14 +1,18 @@
-"""The convolution that all networks are built of.
+"""The layers that all networks are built of.
 
 Shapes are written as suffixes: B batch, H and W space, C channels.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-CONVOLUTIONS = ('direct', 'patches')
+Convolve = Callable[[jax.Array, jax.Array, int], jax.Array]  # (x, kernel, stride) -> out
+ModuleDef = Callable[..., Any]  # makes a layer; a block is handed those that it is made of
 
 
 def convolve_direct(x_BxHxWxC: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
@@ -43,6 +47,9 @@ def convolve_patches(x_BxHxWxC: jax.Array, kernel: jax.Array, stride: int) -> ja
     return jnp.concatenate(taps, axis=-1) @ kernel.reshape(size * size * c_in, c_out)
 
 
+CONVOLUTIONS: dict[str, Convolve] = {'direct': convolve_direct, 'patches': convolve_patches}
+
+
 class Conv(nn.Module):
     """Square convolution without bias; computes in `dtype`, None: in that of its kernel."""
 
@@ -50,16 +57,15 @@ class Conv(nn.Module):
     kernel_size: int
     stride: int
     kernel_init: nn.initializers.Initializer
-    convolution: str
+    convolve: Convolve
     dtype: str | None
 
     @nn.compact
     def __call__(self, x_BxHxWxC: jax.Array) -> jax.Array:
         shape = (self.kernel_size, self.kernel_size, x_BxHxWxC.shape[-1], self.features)
         kernel = self.param('kernel', self.kernel_init, shape, jnp.float32)
-        convolve = {'direct': convolve_direct, 'patches': convolve_patches}[self.convolution]
         dtype = self.dtype or kernel.dtype
-        return convolve(x_BxHxWxC.astype(dtype), kernel.astype(dtype), self.stride)
+        return self.convolve(x_BxHxWxC.astype(dtype), kernel.astype(dtype), self.stride)
 
 
 class Linear(nn.Module):
@@ -77,19 +83,9 @@ class Linear(nn.Module):
         return x_BxC.astype(kernel.dtype) @ kernel + bias[None, :]
 
 
-def batch_norm(train: bool, dtype: str | None, name: str) -> nn.BatchNorm:
-    """The paper's BatchNorm: epsilon 1e-5, running averages that keep 0.9 a step.
-
-    Statistics are computed in float32 or better; what it returns is rounded to `dtype`.
-    """
-    return nn.BatchNorm(
-        use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, name=name
-    )
-
-
-def mean_over_space(x_BxHxWxC: jax.Array, dtype: str | None) -> jax.Array:
-    """[B, C] for the head; float32 where the layers before it compute in a `dtype` of their own."""
-    return jnp.mean(x_BxHxWxC.astype(jnp.float32) if dtype else x_BxHxWxC, axis=(1, 2))
+def dropout(x: jax.Array, rate: float, train: bool) -> jax.Array:
+    """x, in training with a share `rate` of it set to 0 and the rest scaled up."""
+    return nn.Dropout(rate, deterministic=not train)(x) if rate > 0 else x
 
 
 class Scalar(nn.Module):
