@@ -6,7 +6,7 @@ the verdict says and how it looks. The command above it, which knows of configs,
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -18,8 +18,7 @@ from zerojax import symmetry
 from zerojax.measure import equal_features
 from zerojax.measure.compiled import Operation, operations_that_may_not_repeat
 from zerojax.measure.noise import Spread, noise_floor
-from zerojax.models import Network
-from zerojax.step import Batch, TrainState, cross_entropy
+from zerojax.step import Batch, Model, TrainState, cross_entropy
 
 Tree = Any
 PARTS = ('forward', 'gradients', 'new state')
@@ -34,7 +33,7 @@ _ROWS = 4  # of any list in the verdict, which is one screen
 
 def symmetric_state(
     state: TrainState,
-    model: Network,
+    model: Model,
     tx: optax.GradientTransformation,
     orbits: symmetry.Orbits | None = None,
 ) -> TrainState:
@@ -44,12 +43,13 @@ def symmetric_state(
 
 
 def make_inspection(
-    model: Network, make_batch: Callable[[TrainState, Tree], Batch]
+    model: Model, layers: Collection[str], make_batch: Callable[[TrainState, Tree], Batch]
 ) -> Callable[[TrainState, Tree], dict[str, Any]]:
     """A pure (state, data) -> `equal_features.tensors` of the train step that the state is at.
 
-    `make_batch(state, data)` makes the step's batch. The model must be without dropout, which would
-    make equal features differ, whatever the kernels do.
+    The model is one of Linen, `layers` the paths of its submodules whose outputs are looked at,
+    `make_batch(state, data)` makes the step's batch. It must be without dropout, which would make
+    equal features differ, whatever the kernels do.
     """
 
     def inspect(state: TrainState, data: Tree) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def make_inspection(
             )
             return jnp.mean(cross_entropy(logits_BxN, batch['label']))
 
-        return equal_features.tensors(loss, state.params, model.layers())
+        return equal_features.tensors(loss, state.params, layers)
 
     return inspect
 

@@ -28,7 +28,7 @@ def compile_inspection(program: Program, state: TrainState, source: Source) -> A
     config = program.config
     model = config_lib.build_model(config, program.dataset.num_classes, dropout=0.0)
     inspect = jit_in_mode(
-        step_audit.make_inspection(model, program.make_batch),
+        step_audit.make_inspection(model, model.layers(), program.make_batch),
         config.determinism.mode,
         out_shardings=program.everywhere,
     )
