@@ -15,6 +15,7 @@ from zerojax import perturb, symmetry
 from zerojax.measure import noise, stability
 from zerojax.models.initializers import averaging, zeros
 from zerojax.run import data
+from zerojax.step import jit_in_mode
 
 
 class Mixer(nn.Module):  # rows of pixels are tokens T; features C are mixed, H are hidden
@@ -50,11 +51,11 @@ def study(name, apply, params, axes, tx, images, labels):
     def loss(params, batch):
         return optax.softmax_cross_entropy(apply(params, images[batch]), labels[batch]).mean()
 
-    @jax.jit
     def step(state, batch):  # (params, optimizer state), batch -> the same
         updates, opt_state = tx.update(jax.grad(loss)(state[0], batch), state[1], state[0])
         return optax.apply_updates(state[0], updates), opt_state
 
+    jitted = jit_in_mode(step, 'deterministic')
     start, key = (params, tx.init(params)), jax.random.key(0)
     batches = [jax.random.permutation(jax.random.key(i), 1437)[:128] for i in range(300)]
     floor = noise.measure_noise(step, start, batches[0], compilations=2)['one executable']
@@ -63,7 +64,7 @@ def study(name, apply, params, axes, tx, images, labels):
     growth = stability.growth(step, start, batches, tangents, axes)
     for epsilon in (1e-8, 1e-6, 1e-4):
         perturbed = perturb.gaussian(params, key, epsilon), start[1]
-        states = itertools.accumulate(batches, step, initial=perturbed)
+        states = itertools.accumulate(batches, jitted, initial=perturbed)
         measured = [max(symmetry.asymmetry(state[0], axes).values()) for state in states]
         onset = next((n for n, x in enumerate(measured) if x >= 0.1), None)
         predicted = stability.predict_onset(growth.log_asymmetry[:, 0], epsilon)

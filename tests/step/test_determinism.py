@@ -1,5 +1,10 @@
+import ast
+import pathlib
+import re
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from zerojax.step import determinism
@@ -52,3 +57,70 @@ def test_two_compilations_give_the_same_bits():
         for _ in range(2)
     }
     assert len(results) == 1
+
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def sources():
+    """Python that a user's numbers go through, by where it is: package, experiments, README."""
+    for folder in ('zerojax', 'experiments'):
+        for path in sorted((ROOT / folder).rglob('*.py')):
+            if 'performance' not in path.parts:
+                yield str(path.relative_to(ROOT)), path.read_text()
+    readme = (ROOT / 'README.md').read_text()
+    for number, block in enumerate(re.findall(r'^```python\n(.*?)^```', readme, re.M | re.S)):
+        yield f'README, block {number}', block
+
+
+def bare_jits(source):
+    """Lines that compile without naming compiler options, in whatever way they come by it."""
+    tree = ast.parse(source)
+    with_options = {
+        id(node.func)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and any(keyword.arg == 'compiler_options' for keyword in node.keywords)
+    }
+    for node in ast.walk(tree):
+        compiles = ('jit', 'pjit', 'pmap', 'filter_jit')
+        if (
+            isinstance(node, ast.Attribute)
+            and node.attr in compiles
+            and id(node) not in with_options
+        ):
+            yield node.lineno
+        elif isinstance(node, ast.ImportFrom) and not str(node.module).startswith('zerojax'):
+            yield from (node.lineno for each in node.names if each.name in compiles)
+
+
+@pytest.mark.parametrize(
+    'bare',
+    [
+        '@jax.jit\ndef f(): ...', 'jax.jit(f)', 'functools.partial(jax.jit, static_argnums=0)',
+        'from jax import jit', 'nn.jit(Block)', 'eqx.filter_jit(f)', 'compile = jax.jit',
+    ],
+)  # fmt: skip
+def test_bare_jits_are_seen(bare):
+    assert list(bare_jits(bare)) == [1]
+    assert not list(bare_jits('jax.jit(f, compiler_options=options)'))
+
+
+def test_whatever_a_number_goes_through_is_compiled_with_the_options_of_a_mode():
+    """jaxlib 0.10.2 gives wrong results without them, not only varying ones."""
+    found = {where: list(bare_jits(source)) for where, source in sources()}
+    assert len(found) > 80
+    assert not {where: lines for where, lines in found.items() if lines}
+
+
+@pytest.mark.parametrize('mode', determinism.MODES)
+def test_a_vmapped_product_that_older_jaxlibs_get_wrong(mode):
+    """jax#39103: compiled without the options, jaxlib 0.10.2 gives other numbers than n²."""
+    n = jnp.arange(32_769, dtype=jnp.float32)
+    rows = jnp.stack([n, jnp.zeros_like(n), jnp.zeros_like(n)], axis=1)
+
+    def squared_lengths(rows):
+        return jax.vmap(lambda row: jnp.sum((jnp.eye(3) @ row) ** 2))(rows)
+
+    found = determinism.jit_in_mode(squared_lengths, mode)(rows)
+    np.testing.assert_array_equal(found, n**2)

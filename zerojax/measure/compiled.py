@@ -13,6 +13,8 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from zerojax.step import determinism
+
 Tree = Any
 
 
@@ -42,7 +44,7 @@ def compile_afresh(
     Args:
         function: pure; if it is jitted, without compiler options of its own.
         args: what it will be called with.
-        compiler_options: as in `jax.jit`, for example from `zerojax.step.determinism`.
+        compiler_options: as in `jax.jit`; None: those of mode 'deterministic'.
 
     Returns:
         The executable; its `as_text()` is the optimised program.
@@ -51,6 +53,8 @@ def compile_afresh(
     def anew(*args: Any) -> Tree:
         return function(*args)
 
+    if compiler_options is None:
+        compiler_options = determinism.compiler_options('deterministic')
     with no_compilation_cache():
         return jax.jit(anew, compiler_options=compiler_options).lower(*args).compile()
 

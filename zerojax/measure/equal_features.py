@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from zerojax.measure import metrics
 from zerojax.measure.noise import Spread, element_spread, feature_spread
+from zerojax.step.determinism import jit_in_mode
 from zerojax.symmetry import project
 from zerojax.symmetry.orbits import Orbits, Path, named_axes, output_axes
 
@@ -54,7 +55,8 @@ def symmetric_fill(
             noise = values.astype(np.float64) + 0.1 * noise
         filled[path] = noise.astype(values.dtype)
     fill = functools.partial(project, feature_axes=feature_axes, orbits=orbits)
-    return jax.jit(fill)(unflatten_dict(filled))  # eagerly, each shape would be compiled
+    # Eagerly, each shape would be compiled.
+    return jit_in_mode(fill, 'deterministic')(unflatten_dict(filled))
 
 
 def tensors(

@@ -127,7 +127,7 @@ def growth(
     """
     params, rest = state
     check = functools.partial(symmetry.is_symmetric, feature_axes=feature_axes, orbits=orbits)
-    if not jax.jit(check)(params):  # eagerly, each shape would be compiled
+    if not jit_in_mode(check, 'deterministic')(params):  # eagerly, each shape would be compiled
         raise ValueError('state: its params are not symmetric')
     count = len(jax.tree.leaves(tangents)[0])
     still = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), _floats(rest))

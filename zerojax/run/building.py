@@ -17,7 +17,7 @@ from zerojax import symmetry
 from zerojax.host.errors import UsageError
 from zerojax.models import Network
 from zerojax.run.data import normalization
-from zerojax.step import Batch, TrainState, batch, create_state, optimizer
+from zerojax.step import Batch, TrainState, batch, create_state, jit_in_mode, optimizer
 
 # Fields that a compiled program takes as arguments. Not perturbation.at_step: where it differs
 # between batched runs, all of them would draw the noise at every step.
@@ -95,11 +95,11 @@ def build_orbits(model: Network, image_shape: Shape) -> symmetry.Orbits | None:
     if noiseless is None:
         return None
 
-    @jax.jit
     def init(key: jax.Array) -> Any:
         return noiseless.init(key, jnp.zeros((1, *image_shape)), train=False)['params']
 
-    return symmetry.find_orbits(init(jax.random.key(0)), model.feature_axes()['params'])
+    params = jit_in_mode(init, 'deterministic')(jax.random.key(0))
+    return symmetry.find_orbits(params, model.feature_axes()['params'])
 
 
 def new_state(

@@ -195,7 +195,7 @@ class Program:
             stacked = jax.tree.map(lambda *x: jnp.stack(x), *states)
             return dataclasses.replace(stacked, step=states[0].step)
 
-        return jax.jit(stack, out_shardings=self._state_shardings())(states)
+        return self._jit(stack, out_shardings=self._state_shardings())(states)
 
     def split(self, tree: Any) -> list[Any]:
         """A tree for each run, from what the functions return."""
@@ -218,7 +218,7 @@ class Program:
             own = jax.tree.map(lambda x: x[i], dataclasses.replace(state, step=none))
             return dataclasses.replace(own, step=state.step)
 
-        return jax.jit(take, out_shardings=self.everywhere)
+        return self._jit(take, out_shardings=self.everywhere)
 
     def _of_state(self, each: Any, step: Any) -> Any:
         # All runs are at the same step, so what is due at a step is decided once, not per run.

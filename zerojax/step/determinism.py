@@ -3,9 +3,16 @@
 The options are attached to a jitted function, not to the process, so deterministic and ordinary
 executables can live side by side. They belong on the outermost jit only.
 
-CPU: both modes are deterministic. They switch off XLA's YNNPACK fusions, because these reduce a
-broadcast with a data race in jaxlib 0.10.2 to 0.11: the same executable returned different sums.
-GPU: 'deterministic' excludes nondeterministic kernels and the autotuner's choice by timing.
+CPU: both modes are deterministic. They switch off XLA's YNNPACK fusions: in jaxlib 0.10.2 to 0.11
+these reduce a broadcast with a data race, so that the same executable returned different sums, and
+give wrong results for some vmapped products (jax#39103). So whatever a number goes through is
+compiled with `jit_in_mode`, never with `jax.jit` alone.
+GPU: 'deterministic' has cuDNN and cuBLAS choose among plans that do not add by atomics, the first
+and not the fastest of them, and makes scatters sequential (`xla_gpu_deterministic_ops`). Without
+this option's own choice, at `xla_gpu_autotune_level=0` or, in some versions, under
+`xla_gpu_exclude_nondeterministic_ops`, cuDNN's convolutions keep a default plan, which may add by
+atomics: neither is set. Triton's products are off, since under the first option their code is left
+without a configuration, and compilation fails (jaxlib 0.12).
 TPU: executables are deterministic; no option is needed.
 """
 
@@ -23,8 +30,7 @@ _OPTIONS: dict[tuple[str, str], dict[str, CompilerOption]] = {
     ('cpu', 'hardware'): {'xla_cpu_experimental_ynn_fusion_type': ''},
     ('gpu', 'deterministic'): {
         'xla_gpu_deterministic_ops': True,
-        'xla_gpu_exclude_nondeterministic_ops': True,
-        'xla_gpu_autotune_level': 0,
+        'xla_gpu_enable_triton_gemm': False,
     },
     ('gpu', 'hardware'): {},
     ('tpu', 'deterministic'): {},
