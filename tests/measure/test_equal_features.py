@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 
 from zerojax import models, symmetry
 from zerojax.measure import equal_features
@@ -59,10 +60,10 @@ def spreads(net):
     def loss(params):
         return jnp.mean(net.apply({'params': params}, x) ** 2)
 
-    results = jax.jit(
+    results = quick.jit(
         lambda params: equal_features.tensors(loss, params, ['first', 'crooked', 'head'])
     )(params)
-    value, gradients = jax.jit(jax.value_and_grad(loss))(params)
+    value, gradients = quick.jit(jax.value_and_grad(loss))(params)
     np.testing.assert_allclose(results['forward']['loss'], value, rtol=1e-6)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-7)
     jax.tree.map(close, results['gradients']['params'], gradients)
@@ -130,7 +131,7 @@ def test_a_declaration_that_does_not_fit_is_refused(axes, message):
 
 def filled_within_orbits(model, channels=1):
     image = jnp.zeros((1, 8, 8, channels))
-    params = jax.jit(lambda: model.init(jax.random.key(0), image, train=False)['params'])()
+    params = quick.jit(lambda: model.init(jax.random.key(0), image, train=False)['params'])()
     axes = model.feature_axes()['params']
     orbits = symmetry.find_orbits(params, axes)
     return equal_features.symmetric_fill(params, axes, orbits), axes, orbits

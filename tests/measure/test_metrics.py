@@ -5,11 +5,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 
 from zerojax import models
 from zerojax.measure import metrics
 
 RNG = np.random.default_rng(0)
+
+mean_correlation = quick.jit(metrics.mean_correlation)
+effective_width = quick.jit(metrics.effective_width)
+count_unique_features = quick.jit(metrics.count_unique_features)
 
 
 def paper_correlation(rows):
@@ -21,7 +26,7 @@ def paper_correlation(rows):
     return np.tril(correlations, -1).sum() / (n * (n - 1) / 2)
 
 
-@jax.jit
+@quick.jit
 def correlations(kernel, transposed):
     return metrics.forward_correlation(kernel), metrics.backward_correlation(transposed)
 
@@ -41,20 +46,20 @@ def test_correlations_are_numpys_with_nan_as_1(shape, constant, scale):
 
 def test_correlation_in_float32_of_weights_whose_squares_underflow():
     rows = RNG.normal(size=(6, 50))
-    actual = metrics.mean_correlation(jnp.asarray(rows * 1e-30, jnp.float32))
+    actual = mean_correlation(jnp.asarray(rows * 1e-30, jnp.float32))
     assert float(actual) == pytest.approx(paper_correlation(rows), abs=1e-6)
 
 
 def test_correlation_of_equal_and_of_opposite_features():
     row = RNG.normal(size=(1, 20)).astype(np.float32)
     equal = jnp.asarray(np.repeat(row, 64, axis=0))
-    assert float(metrics.mean_correlation(equal)) == pytest.approx(1, abs=1e-6)
+    assert float(mean_correlation(equal)) == pytest.approx(1, abs=1e-6)
     opposite = jnp.asarray(np.concatenate([row, -row]))
-    assert float(metrics.mean_correlation(opposite)) == pytest.approx(-1, abs=1e-6)
-    assert float(metrics.mean_correlation(jnp.zeros((4, 9)))) == 1
-    assert float(metrics.mean_correlation(jnp.zeros((50_000, 2)))) == 1, 'n² is no int32'
+    assert float(mean_correlation(opposite)) == pytest.approx(-1, abs=1e-6)
+    assert float(mean_correlation(jnp.zeros((4, 9)))) == 1
+    assert float(mean_correlation(jnp.zeros((50_000, 2)))) == 1, 'n² is no int32'
     with pytest.raises(ValueError, match='needs two'):
-        metrics.mean_correlation(equal[:1])
+        mean_correlation(equal[:1])
 
 
 def test_diversity():
@@ -83,15 +88,15 @@ def test_effective_width_is_the_participation_ratio_of_singular_values(scale):
     t = RNG.normal(size=(3, 10, 6)) * np.array([1, 2, 3, 4, 5, 0.1])
     s = np.linalg.svd(t.reshape(-1, 6), compute_uv=False)
     expected = (s**2).sum() ** 2 / (s**4).sum()
-    actual = metrics.effective_width(jnp.asarray(t * scale, jnp.float32))
+    actual = effective_width(jnp.asarray(t * scale, jnp.float32))
     assert float(actual) == pytest.approx(expected, rel=1e-5)
 
 
 def test_effective_width_at_its_ends():
-    assert float(metrics.effective_width(jnp.eye(8))) == pytest.approx(8)
+    assert float(effective_width(jnp.eye(8))) == pytest.approx(8)
     rank_one = jnp.asarray(np.outer(RNG.normal(size=20), RNG.normal(size=9)), jnp.float32)
-    assert float(metrics.effective_width(rank_one)) == pytest.approx(1, rel=1e-6)
-    assert float(metrics.effective_width(jnp.zeros((5, 4)))) == 0
+    assert float(effective_width(rank_one)) == pytest.approx(1, rel=1e-6)
+    assert float(effective_width(jnp.zeros((5, 4)))) == 0
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
@@ -99,17 +104,17 @@ def test_unique_features_counts_bits(dtype):
     t = np.repeat(RNG.normal(size=(2, 5, 1)), 9, axis=2)
     t[0, 0, 3] = np.nextafter(t[0, 0, 3], 9, dtype=np.float64)
     x = jnp.asarray(t, dtype)
-    assert int(metrics.count_unique_features(x)) == 1, 'the difference is below the precision'
+    assert int(count_unique_features(x)) == 1, 'the difference is below the precision'
     bits = {jnp.float32: jnp.uint32, jnp.bfloat16: jnp.uint16}[dtype]
     one_ulp = jax.lax.bitcast_convert_type(
         jax.lax.bitcast_convert_type(x[1, 4, 5], bits) + bits(1), dtype
     )
-    assert int(metrics.count_unique_features(x.at[1, 4, 5].set(one_ulp))) == 2
-    assert int(metrics.count_unique_features(x.at[..., 2].set(0.0).at[..., 7].set(-0.0))) == 2
+    assert int(count_unique_features(x.at[1, 4, 5].set(one_ulp))) == 2
+    assert int(count_unique_features(x.at[..., 2].set(0.0).at[..., 7].set(-0.0))) == 2
     subnormal = jnp.zeros((3, 2), dtype).at[0, 0].set(jnp.finfo(dtype).smallest_subnormal)
-    assert int(metrics.count_unique_features(subnormal)) == 2
+    assert int(count_unique_features(subnormal)) == 2
     random = RNG.normal(size=(4, 30))
-    assert int(metrics.count_unique_features(jnp.asarray(random, jnp.float32))) == 30
+    assert int(count_unique_features(jnp.asarray(random, jnp.float32))) == 30
 
 
 class Chain(nn.Module):
@@ -128,7 +133,7 @@ def test_layer_outputs_are_activations_and_gradients_of_any_model():
     def loss():
         return jnp.sum(Chain().apply(variables, x) ** 2)
 
-    activations, gradients = jax.jit(lambda: metrics.layer_outputs(loss, ['first', 'second']))()
+    activations, gradients = quick.jit(lambda: metrics.layer_outputs(loss, ['first', 'second']))()
     weights = variables['params']
     first = x @ weights['first']['kernel'] + weights['first']['bias'][None]
     second = jnp.tanh(first) @ weights['second']['kernel']
@@ -144,10 +149,10 @@ def test_layer_outputs_are_activations_and_gradients_of_any_model():
 def test_a_symmetric_network_has_one_feature_a_layer_by_every_measure():
     model = models.create('constnet', depth=7, width=1)
     images = jnp.asarray(RNG.normal(size=(4, 8, 8, 3)), jnp.float32)
-    variables = jax.jit(lambda: model.init(jax.random.key(0), images, train=False))()
+    variables = quick.jit(lambda: model.init(jax.random.key(0), images, train=False))()
     variables['params']['head']['kernel'] += 0.1
 
-    @jax.jit
+    @quick.jit
     def measure(variables):
         def loss():
             logits, _ = model.apply(variables, images, train=True, mutable=['batch_stats'])

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import quick
 
 from zerojax import models, perturb, step, symmetry
 from zerojax.measure import stability
@@ -63,10 +64,13 @@ def step_of(model, tx):
 
 
 def setup(model, tx):
-    params = jax.jit(
+    params = quick.jit(
         lambda: as_float64(model.init(jax.random.key(0), jnp.ones((1, 4)))['params'])
     )()
     return step_of(model, tx), (params, tx.init(params))
+
+
+tangents_of = quick.jit(stability.gaussian_tangents)
 
 
 def perturbed(state, tangent, epsilon):
@@ -77,13 +81,13 @@ def perturbed(state, tangent, epsilon):
 def measured(one_step, state, batches, axes):
     """Asymmetry and distance of the weights at every step."""
 
-    @jax.jit
+    @quick.jit
     def measure(params):
         asymmetries = jnp.stack(list(symmetry.asymmetry(params, axes).values()))
         distances = jnp.stack(list(symmetry.distance(params, axes).values()))
         return jnp.max(asymmetries), jnp.linalg.norm(distances)
 
-    one_step = jax.jit(one_step)
+    one_step = quick.jit(one_step)
     found = [measure(state[0])]
     for batch in batches:
         state = one_step(state, batch)
@@ -99,7 +103,7 @@ def test_growth_is_that_of_two_actual_runs(float64):
     # Adam's first step divides by the size of the gradient, which must not be 0.
     state[0]['head']['kernel'] += jnp.array([0.5, -0.1, 0.2])[None, :]
     batches = classification(25)
-    tangents = stability.gaussian_tangents(state[0], jax.random.split(jax.random.key(1), 2))
+    tangents = tangents_of(state[0], jax.random.split(jax.random.key(1), 2))
     grown = stability.growth(one_step, state, batches, tangents, TANH_AXES)
     for i in range(2):
         tangent = jax.tree.map(lambda x, i=i: x[i], tangents)
@@ -137,7 +141,7 @@ def test_exponents_of_momentum_at_a_saddle_are_the_logarithms_of_its_eigenvalues
     symmetric direction grows faster, but a tangent that starts transverse stays so."""
     rate, momentum = 0.1, 0.9
     one_step, state, axes = quadratic((-0.3, -1.0), -3.0, rate, momentum)
-    tangents = stability.gaussian_tangents(state[0], jax.random.split(jax.random.key(0), 2))
+    tangents = tangents_of(state[0], jax.random.split(jax.random.key(0), 2))
     grown = stability.growth(one_step, state, [None] * 200, tangents, axes)
     expected = sorted(
         (np.log(max(np.roots([1, -(1 + momentum - rate * h), momentum]))) for h in (-0.3, -1.0)),
@@ -154,7 +158,7 @@ def test_only_the_transverse_part_counts_and_the_tangents_order_does_not(float64
     one_step, state = setup(TanhNet(), optax.sgd(0.3, momentum=0.9))
     state[0]['head']['kernel'] += jnp.array([0.5, -0.1, 0.2])[None, :]
     batches = classification(12)
-    tangents = stability.gaussian_tangents(state[0], jax.random.split(jax.random.key(1), 3))
+    tangents = tangents_of(state[0], jax.random.split(jax.random.key(1), 3))
     symmetric = jax.tree.map(lambda w: jnp.ones((3, *w.shape), w.dtype), state[0])
 
     def log_asymmetry(tangents):
@@ -168,7 +172,7 @@ def test_only_the_transverse_part_counts_and_the_tangents_order_does_not(float64
 def test_zerojaxs_train_step_and_the_noise_of_its_own_run(float64):
     model = models.create('mlp', width=6, init='averaging', num_classes=3)
     tx = optimizer.sgd(optax.constant_schedule(0.1), 0.9, False, 5e-4)
-    state = jax.jit(
+    state = quick.jit(
         lambda: as_float64(step.create_state(model, tx, (2, 2, 1), seed=0, perturbation_seed=5))
     )()
     batches = [
@@ -176,14 +180,14 @@ def test_zerojaxs_train_step_and_the_noise_of_its_own_run(float64):
     ]
     axes = model.feature_axes()['params']
     key = jax.random.fold_in(state.keys['perturbation'], 0)
-    tangents = stability.gaussian_tangents(state.params, key[None])
+    tangents = tangents_of(state.params, key[None])
     one_step = stability.of_train_step(step.train_step_function(model, tx))
     grown = stability.growth(one_step, stability.split(state), batches, tangents, axes)
 
     perturbation = perturb.Perturbation('gaussian', 1e-9)
     run = step.make_train_step(model, tx, perturbation=perturbation)
     state = jax.tree.map(jnp.copy, state)
-    asymmetry_of = jax.jit(
+    asymmetry_of = quick.jit(
         lambda params: jnp.max(jnp.stack(list(symmetry.asymmetry(params, axes).values())))
     )
     for number, batch in enumerate(batches, start=1):
@@ -234,7 +238,7 @@ def test_at_a_kink_only_the_one_sided_step_is_right(float64):
     one_step, state = setup(Kinked(), optax.sgd(0.03, momentum=0.9))
     state[0]['head']['kernel'] += jnp.array([0.5, -0.1, 0.2])[None, :]
     batches = [each | {'x': each['x'] - 0.5} for each in classification(8)]
-    tangents = stability.gaussian_tangents(state[0], jax.random.key(1)[None])
+    tangents = tangents_of(state[0], jax.random.key(1)[None])
     tangent = jax.tree.map(lambda x: x[0], tangents)
     runs = [
         np.log(measured(one_step, perturbed(state, tangent, epsilon), batches, KINKED_AXES)[0])
@@ -253,7 +257,7 @@ def test_at_a_kink_only_the_one_sided_step_is_right(float64):
 def test_without_kinks_exact_first_steps_change_nothing(float64):
     one_step, state = setup(TanhNet(), optax.sgd(0.3, momentum=0.9))
     batches = classification(6)
-    tangents = stability.gaussian_tangents(state[0], jax.random.split(jax.random.key(1), 3))
+    tangents = tangents_of(state[0], jax.random.split(jax.random.key(1), 3))
     arguments = (one_step, state, batches, tangents, TANH_AXES)
     grown = stability.growth(*arguments).log_asymmetry
     exact = stability.one_sided_log_asymmetry(*arguments, exact_steps=3, epsilon=1e-7)
@@ -282,7 +286,7 @@ def test_a_base_run_whose_kernels_are_not_symmetric_is_held_on_the_symmetric_sub
         params, velocity = one_step(state, batch)
         return jax.tree.map(lambda w: w.at[1].add(1e-3), params), velocity
 
-    tangents = stability.gaussian_tangents(state[0], jax.random.key(0)[None])
+    tangents = tangents_of(state[0], jax.random.key(0)[None])
     plain = stability.growth(one_step, state, [None] * 5, tangents, axes)
     crooked = stability.growth(crooked, state, [None] * 5, tangents, axes)
     np.testing.assert_allclose(crooked.log_asymmetry, plain.log_asymmetry, atol=1e-12)

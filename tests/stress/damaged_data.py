@@ -24,7 +24,7 @@ from fire import (
 
 
 def prepare_tiny_sets(folder: pathlib.Path, *names: str) -> None:
-    script = ROOT / 'tests' / 'make_tiny_tfds.py'
+    script = ROOT / 'tests' / 'run' / 'make_tiny_tfds.py'
     command = [sys.executable, str(script), str(folder), *names]
     subprocess.run(command, check=True, capture_output=True)
 
