@@ -1,5 +1,7 @@
 import json
+import re
 
+import jax
 import pytest
 
 from zerojax.host import manifest
@@ -11,8 +13,6 @@ def test_the_manifest_keeps_every_start(tmp_path):
     facts = {'execution': {'steps_per_call': 5}, 'dataset': {'train_sha256': 'a'}}
     manifest.add_start(path, 0, facts)
     manifest.add_start(path, 7, facts)
-    with pytest.raises(UsageError, match='started on other data'):
-        manifest.add_start(path, 9, facts | {'dataset': {'train_sha256': 'b'}})
     found = json.loads(path.read_text())
     assert [start['step'] for start in found['starts']] == [0, 7]
     assert found['execution'] == {'steps_per_call': 5}
@@ -25,3 +25,105 @@ def test_a_damaged_manifest_is_refused(tmp_path):
     (tmp_path / 'manifest.json').write_text('{')
     with pytest.raises(UsageError, match=r'manifest\.json cannot be read'):
         manifest.add_start(tmp_path / 'manifest.json', 0, {})
+
+
+FACTS = {
+    'compiler_options': {}, 'execution': {'runs_at_once': 1}, 'dataset': {'train_sha256': 'a'},
+}  # fmt: skip
+
+
+@pytest.fixture
+def path(tmp_path):
+    manifest.add_start(tmp_path / 'manifest.json', 0, FACTS)
+    return tmp_path / 'manifest.json'
+
+
+def test_under_the_same_conditions_there_is_nothing_to_say(path, tmp_path):
+    assert manifest.differences(path, FACTS) == []
+    assert manifest.differences(tmp_path / 'none.json', FACTS) == []
+
+
+def test_other_data_are_refused(path):
+    with pytest.raises(UsageError, match='started on other data'):
+        manifest.differences(path, FACTS | {'dataset': {'train_sha256': 'b'}})
+
+
+@pytest.mark.parametrize(
+    'option,value',
+    [
+        ('jax_threefry_partitionable', False), ('jax_default_matmul_precision', 'bfloat16'),
+        ('jax_default_prng_impl', 'rbg'), ('jax_random_seed_offset', 1),
+        ('jax_optimization_level', 'O1'), ('jax_use_direct_linearize', False),
+        ('jax_exec_time_optimization_effort', 0.5),
+    ],
+)  # fmt: skip
+def test_another_setting_of_jax_is_refused(path, option, value):
+    before = getattr(jax.config, option)
+    jax.config.update(option, value)
+    try:
+        with pytest.raises(UsageError, match=f'{option.upper()}=.*here it is .*set it as it was'):
+            manifest.differences(path, FACTS)
+    finally:
+        jax.config.update(option, before)
+
+
+def test_a_setting_of_this_thread_alone_counts(path):
+    with jax.default_matmul_precision('bfloat16'), pytest.raises(UsageError, match='PRECISION'):
+        manifest.differences(path, FACTS)
+
+
+@pytest.mark.parametrize(
+    'name,value',
+    [
+        ('XLA_FLAGS', '--xla_cpu_enable_fast_math=true'), ('NVIDIA_TF32_OVERRIDE', '0'),
+        ('LIBTPU_INIT_ARGS', '--xla_tpu_x=1'), ('NCCL_ALGO', 'Ring'), ('NPROC', '1'),
+        ('CUBLAS_WORKSPACE_CONFIG', ':4096:8'),
+    ],
+)  # fmt: skip
+def test_another_variable_that_xla_reads_is_refused(path, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=rf'{name}=None, here it is {value!r}'):
+        manifest.differences(path, FACTS)
+
+
+def test_what_decides_no_bit_is_no_difference(path, monkeypatch):
+    flags = '--xla_dump_to=/tmp/x --xla_force_host_platform_device_count=7'
+    monkeypatch.setenv('XLA_FLAGS', flags)
+    monkeypatch.setenv('HOME', '/elsewhere')
+    with jax.log_compiles(False), jax.numpy_rank_promotion('allow'), jax.debug_nans(True):
+        assert manifest.differences(path, FACTS) == []
+
+
+@pytest.mark.parametrize(
+    'change,said',
+    [
+        ({'cpu': 'Abacus'}, "cpu was 'Abacus', is "),
+        ({'cpu_cores': 96}, 'cpu_cores was 96, is '),
+        ({'device_kind': 'H100'}, "device_kind was 'H100', is 'cpu'"),
+        ({'git': 'abc'}, "git was 'abc', is "),
+        ({'versions': {'zerojax': '9', 'jaxlib': '0.1'}}, r"versions\.jaxlib was '0\.1', is "),
+        ({'execution': {'runs_at_once': 4}}, r'execution\.runs_at_once was 4, is 1'),
+        ({'compiler_options': {'xla_x': 1}}, r'compiler_options\.xla_x was 1, is None'),
+    ],
+)
+def test_another_machine_version_or_execution_is_said(path, change, said):
+    fields = json.loads(path.read_text())
+    fields['starts'][-1] |= change
+    path.write_text(json.dumps(fields))
+    assert any(re.match(said, each) for each in manifest.differences(path, FACTS))
+
+
+def test_a_run_of_a_version_that_did_not_note_settings_is_refused_by_its_version(path):
+    fields = json.loads(path.read_text())
+    del fields['starts'][-1]['settings']
+    fields['starts'][-1]['versions']['zerojax'] = '0.0.1'
+    path.write_text(json.dumps(fields))
+    with pytest.raises(UsageError, match=r'by zerojax 0\.0\.1, which did not note'):
+        manifest.differences(path, FACTS)
+
+
+def test_an_option_that_only_one_version_of_jax_has_is_no_setting(path):
+    fields = json.loads(path.read_text())
+    fields['starts'][-1]['settings']['JAX_OF_ANOTHER_VERSION'] = 1
+    path.write_text(json.dumps(fields))
+    assert manifest.differences(path, FACTS) == []

@@ -6,9 +6,11 @@ import json
 import os
 import pathlib
 import platform
+import re
 import subprocess
 
 import jax
+from flax.traverse_util import flatten_dict
 
 from zerojax.host.errors import UsageError
 from zerojax.host.records import Record, write_json
@@ -19,9 +21,27 @@ PACKAGES = (
 )  # fmt: skip
 
 
+# What is logged, checked, cached or found where decides no bit; all other options of JAX may.
+# `jax_enable_x64` each run sets to what its `param_dtype` asks for.
+_HARMLESS = re.compile(
+    'async|backend|binary|cache|check|collectives|color|constants|debug|device|dump|enable_x64|'
+    'error|explain|export|frames|garbage|guard|host|jax2tf|leak|location|log|mesh|mutable|'
+    'no_execution|platform|poison|preemption|profil|promotion|recover|regex|serialization|'
+    'sharding|source|timeout|traceback|tracing|transfer|transport|verbose|visible'
+)
+# What XLA and its libraries read: kernels, precision, order of additions, number of threads.
+_VARIABLES = re.compile(
+    'XLA_FLAGS|LIBTPU_INIT_ARGS|NVIDIA_TF32_OVERRIDE|(PJRT_)?NPROC|'
+    '(CUBLAS|CUDNN|NCCL|TF_CUDNN|TF_DETERMINISTIC)_.*'
+)
+# Flags that only say how many devices there are, which the manifest counts, or what is dumped.
+_HARMLESS_FLAGS = re.compile('--xla_(force_host_platform_device_count|dump)')
+
+
 def environment() -> Record:
-    """What a result depends on beyond its config: time, process, versions, git revision, devices,
-    XLA flags."""
+    """What a result depends on beyond its config: versions, revision, machine, settings; and when,
+    where and by which process it was asked for."""
+    device = jax.devices()[0]
     return {
         'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
         'pid': os.getpid(),
@@ -30,12 +50,122 @@ def environment() -> Record:
         'python': platform.python_version(),
         'versions': {name: importlib.metadata.version(name) for name in PACKAGES},
         'git': _git_revision(),
-        'device_kind': jax.devices()[0].device_kind,
-        'device_count': jax.device_count(),
         'backend': jax.default_backend(),
+        'device_kind': device.device_kind,
+        'device_count': jax.device_count(),
+        'cpu': _cpu(),
         'cpu_count': os.cpu_count(),
+        'cpu_cores': _usable_cores(),
         'xla_flags': os.environ.get('XLA_FLAGS', ''),
+        'settings': settings(),
     }
+
+
+def settings() -> Record:
+    """Options of JAX and environment variables that may decide bits, as JSON takes them.
+
+    An option has the value that holds in this thread. A variable that is not set is left out.
+    """
+    options = {
+        name.upper(): getattr(jax.config, name, value)
+        for name, value in sorted(jax.config.values.items())
+        if not _HARMLESS.search(name)
+    }
+    variables = {
+        name: ' '.join(x for x in text.split() if not _HARMLESS_FLAGS.match(x))
+        for name, text in sorted(os.environ.items())
+        if _VARIABLES.fullmatch(name)
+    }
+    plain = (bool, int, float, str, type(None))
+    found = {name: x if isinstance(x, plain) else str(x) for name, x in options.items()}
+    return found | {name: text for name, text in variables.items() if text}
+
+
+def _cpu() -> str:
+    """Model of the CPU, as the system names it."""
+    try:
+        text = pathlib.Path('/proc/cpuinfo').read_text()
+    except OSError:  # no Linux
+        text = ''
+    found = re.search(r'^model name\s*: (.*)$', text, re.M)
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def _usable_cores() -> int | None:
+    """Number of cores that this process may use, which XLA takes for its number of threads."""
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+def read_starts(path: pathlib.Path) -> list[Record]:
+    """All starts that a manifest has, the newest last; none if there is no file.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    try:
+        starts: list[Record] = json.loads(path.read_text())['starts'] if path.exists() else []
+        for start in starts:
+            start['step'], start['dataset'], start['versions']['zerojax']
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UsageError(
+            f'--workdir={path.parent}: its manifest.json cannot be read ({error}); '
+            'put it back, or name another folder'
+        ) from error
+    return starts
+
+
+def differences(path: pathlib.Path, facts: Record) -> list[str]:
+    """How machine, versions and execution differ here from where a run was started or resumed last.
+
+    Sentences, none if nothing does. `facts` as in `add_start`.
+
+    Raises:
+        UsageError: the run cannot go on as it began: with other settings, or on other data; or
+            nobody knows whether it would.
+    """
+    starts = read_starts(path)
+    if not starts:
+        return []
+    before, now = starts[-1], environment() | facts
+    where = f'--workdir={path.parent}: its run was started'
+    if starts[0]['dataset'] != facts['dataset']:
+        raise UsageError(
+            f'{where} on other data, see the hashes in manifest.json; name another folder'
+        )
+    if 'settings' not in before:
+        raise UsageError(
+            f'{where} by zerojax {before["versions"]["zerojax"]}, which did not note what settings '
+            'of JAX were in force; finish it with that version, or name another folder'
+        )
+    # A newer JAX has other options; what only one of the two knows is a matter of version.
+    known = before['settings'].keys() & now['settings'].keys()
+    either = {
+        name
+        for name in before['settings'].keys() | now['settings'].keys()
+        if name in known or not name.startswith('JAX_')
+    }
+    for name in sorted(either):
+        there, here = before['settings'].get(name), now['settings'].get(name)
+        if there != here:
+            raise UsageError(
+                f'{where} with {name}={there!r}, here it is {here!r}, which may change its '
+                'numbers; set it as it was, or name another folder'
+            )
+    there, here = _flat(before), _flat(now)
+    return [
+        f'{name} was {there.get(name)!r}, is {here.get(name)!r}'
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name)
+    ]
+
+
+def _flat(start: Record) -> Record:
+    """Machine, versions and execution of a start, by dotted names."""
+    names = ('git', 'backend', 'device_kind', 'device_count', 'cpu', 'cpu_count', 'cpu_cores')
+    groups = {name: start.get(name, {}) for name in ('versions', 'compiler_options', 'execution')}
+    return {name: start.get(name) for name in names} | flatten_dict(groups, sep='.')
 
 
 def add_start(path: pathlib.Path, step: int, facts: Record) -> Record:
@@ -45,23 +175,12 @@ def add_start(path: pathlib.Path, step: int, facts: Record) -> Record:
     added. The manifest's top level repeats the newest start; `starts` has them all.
 
     Raises:
-        UsageError: the manifest is damaged, or the run was started on other data.
+        UsageError: the manifest cannot be read.
     """
-    try:
-        manifest = json.loads(path.read_text()) if path.exists() else {'starts': []}
-        starts = manifest['starts']
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f'--workdir={path.parent}: its manifest.json cannot be read ({error}); '
-            'remove that file, or name another folder'
-        ) from error
-    if starts and starts[0]['dataset'] != facts['dataset']:
-        raise UsageError(
-            f'--workdir={path.parent}: its run was started on other data, see the hashes in '
-            'manifest.json; name another folder'
-        )
+    starts = read_starts(path)
     start = {'step': step, **environment(), **facts}
-    audit = {'audit': manifest['audit']} if 'audit' in manifest else {}
+    kept = json.loads(path.read_text()) if starts else {}
+    audit = {'audit': kept['audit']} if 'audit' in kept else {}
     manifest = {**start, **audit, 'starts': [*starts, start]}
     write_json(path, manifest)
     return manifest

@@ -52,8 +52,7 @@ class Recorder:
         `facts` as in `manifest.add_start`.
 
         Raises:
-            UsageError: a file is damaged, the run was started on other data, or metrics.jsonl lacks
-                what the checkpoint presumes.
+            UsageError: a file is damaged, or metrics.jsonl lacks what the checkpoint presumes.
         """
         if distributed.is_first():
             self.manifest = manifest.add_start(self.workdir / 'manifest.json', step, facts)

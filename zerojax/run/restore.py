@@ -8,12 +8,12 @@ import jax
 from ml_collections import ConfigDict
 
 from zerojax import config as config_lib
-from zerojax.host import distributed
+from zerojax.host import distributed, manifest
 from zerojax.host.errors import RunError, UsageError
 from zerojax.host.progress import Progress
 from zerojax.host.workdir import Workdir
 from zerojax.run.program import Program
-from zerojax.run.recorder import Recorder
+from zerojax.run.recorder import Recorder, run_facts
 from zerojax.step import TrainState
 
 
@@ -30,6 +30,27 @@ def claim(
         try:
             for workdir, config in zip(workdirs, configs, strict=True):
                 stack.enter_context(Workdir(workdir, config_lib.as_json(config)))
+        except UsageError as error:
+            problem = error
+    distributed.agree(problem)
+
+
+def compare_conditions(workdirs: list[pathlib.Path], program: Program, progress: Progress) -> None:
+    """Says loudly if runs go on under other conditions than they were left under.
+
+    Raises:
+        UsageError: they must not, see `manifest.differences`.
+    """
+    problem = None
+    if distributed.is_first():
+        try:
+            for workdir in workdirs:
+                found = manifest.differences(workdir / 'manifest.json', run_facts(program))
+                if found:
+                    progress.say(
+                        f'OTHER CONDITIONS than when {workdir} was left: {"; ".join(found)}; from '
+                        'here on its bits may be others than those of an undisturbed run'
+                    )
         except UsageError as error:
             problem = error
     distributed.agree(problem)

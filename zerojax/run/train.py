@@ -21,7 +21,7 @@ from zerojax.run.checks import check_backend, check_initial_weights, check_layer
 from zerojax.run.inspection import audit_start
 from zerojax.run.program import Program, Programs
 from zerojax.run.recorder import Recorder, Recorders
-from zerojax.run.restore import claim, restore
+from zerojax.run.restore import claim, compare_conditions, restore
 from zerojax.run.ticket import load_ticket
 from zerojax.step import TrainState
 from zerojax.step.precision import numbers_of
@@ -97,6 +97,7 @@ def train_runs(
         claim(workdirs, configs, stack)
         if progress is None:
             progress = stack.enter_context(Progress(config.num_steps * len(runs)))
+        compare_conditions(workdirs, program, progress)
         each_run = [Recorder(*x, stack) for x in zip(configs, workdirs, tickets, strict=True)]
         state, step = restore(program, state, each_run, progress)
         recorders = Recorders(program, each_run, progress, started)
