@@ -14,7 +14,7 @@ from zerojax.measure import noise, step_audit
 from zerojax.measure.compiled import Operation
 from zerojax.measure.noise import Spread
 from zerojax.measure.step_audit import COMPILATIONS, ONE_EXECUTABLE, PROCESSES, Verdict
-from zerojax.run import train
+from zerojax.run import inspection, train
 
 ROOT = pathlib.Path(__file__).parent.parent
 DIGITS = f'--config={ROOT}/configs/digits.py'
@@ -146,7 +146,7 @@ def manifest(workdir):
 def test_a_hardware_run_begins_with_an_audit_and_keeps_it(hardware_run):
     config, workdir, _ = hardware_run
     first = manifest(workdir)['audit']
-    assert first['verdict'][0].endswith(f'no noise observed in {train.AUDIT_REPEATS} calls.')
+    assert first['verdict'][0].endswith(f'no noise observed in {inspection.AUDIT_REPEATS} calls.')
     assert first['unequal_features'] == {}
     assert first['noise'][ONE_EXECUTABLE].keys() == set(step_audit.PARTS)
     train.train(config, workdir)

@@ -66,9 +66,9 @@ def files_of(workdir):
     }
 
 
-def test_runs_share_a_program_and_are_those_of_train_alone(tiny_config, tmp_path, count_programs):
-    tiny_config.num_steps = tiny_config.eval_every_steps = 10
-    jobs = variants(tiny_config, tmp_path / 'swept', **GRID)
+def test_runs_share_a_program_and_are_those_of_train_alone(toy_config, tmp_path, count_programs):
+    toy_config.num_steps = toy_config.eval_every_steps = 10
+    jobs = variants(toy_config, tmp_path / 'swept', **GRID)
     summaries = sweep.sweep(jobs, runs_at_once=1)
     # A program is traced twice: once for the shapes of its metrics, once to be compiled.
     assert len(count_programs) == 2
@@ -173,7 +173,7 @@ def test_a_structure_and_a_folder_are_checked_before_the_first_run_is_trained(
 ):
     toy_config.num_steps = 2
     with monkeypatch.context() as patch:
-        patch.setattr(program, 'device_memory', lambda: 100_000)
+        patch.setattr(checks, 'device_memory', lambda: 100_000)
         wide = variants(toy_config, tmp_path, **{'model.width': [1, 2000]})
         with pytest.raises(UsageError, match=r'^1: model\.width=2000, model\.depth=7: .* weights'):
             sweep.sweep(wide)

@@ -306,7 +306,6 @@ def run(argv: list[str]) -> None:
         **{f'grid.{field}': None for field in fields},
     )
     config, workdir = cli.parse_flags(argv, values, workdir='runs/sweep_NAME')
-    cli.join_processes(values)
     seeds = None if values.seeds is None else cli.count(values, 'seeds', least=1)
     automatic = values.runs_at_once == 'auto'
     at_once = None if automatic else cli.count(values, 'runs_at_once', least=1)
@@ -326,6 +325,7 @@ def run(argv: list[str]) -> None:
         )
     if len(set(folders)) < len(folders):
         raise UsageError('--grid: two runs would share a folder; their values differ too little')
+    cli.join_processes(values)
     try:
         sweep([job for _, job in jobs], at_once)
     finally:

@@ -20,7 +20,7 @@ from zerojax.compare import saved_runs, several
 from zerojax.compare.pair import find_parting, same_network
 from zerojax.host.checkpoint import Checkpoints
 from zerojax.host.workdir import Workdir
-from zerojax.run import data, program, train
+from zerojax.run import building, data, train
 from zerojax.step.precision import numbers_of
 from zerojax.symmetry import alignment
 from zerojax.symmetry.orbits import feature_counts
@@ -88,8 +88,9 @@ def run_from(source, workdir, change, **fields):
     (workdir / 'config.json').write_text(json.dumps(config.to_dict()))
     dataset = data.load('digits', None, 'train', 'test')
     with numbers_of(config.param_dtype), jax.numpy_dtype_promotion('standard'):
-        new = functools.partial(program.new_state, config, dataset)
-        shapes = jax.eval_shape(new, program.scalars_of(config))
+        model = config_lib.build_model(config, dataset.num_classes)
+        new = functools.partial(building.new_state, config, model, dataset.image_shape)
+        shapes = jax.eval_shape(new, building.scalars_of(config))
         state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         variables = jax.tree.map(jnp.asarray, change(run.variables))
         state = dataclasses.replace(state, step=jnp.int32(run.step), **variables)

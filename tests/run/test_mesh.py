@@ -47,6 +47,7 @@ def read(workdir, name='summary.json'):
     return json.loads((workdir / name).read_text())
 
 
+@pytest.mark.slow
 def test_eight_devices_share_a_batch_and_normalise_by_the_whole_of_it(tmp_path):
     losses = {}
     for devices, share in ((1, 1), (8, 8)):
@@ -59,6 +60,7 @@ def test_eight_devices_share_a_batch_and_normalise_by_the_whole_of_it(tmp_path):
     assert losses[8] == pytest.approx(losses[1], rel=1e-12)
 
 
+@pytest.mark.slow
 def test_eight_devices_share_four_runs_and_their_batches(tmp_path):
     grid = ['--grid.perturbation.scale=0.0,1e-6,1e-5,1e-3', '--runs_at_once=4']
     flags = [*SHORT, *grid, '--config.mesh.data=2', f'--workdir={tmp_path}']

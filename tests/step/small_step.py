@@ -5,6 +5,7 @@ import functools
 import jax
 import numpy as np
 import optax
+import quick
 
 from zerojax import models, perturb, step
 from zerojax.step import optimizer
@@ -18,7 +19,7 @@ def _built(perturbation, project, name, arguments):
     tx = optimizer.sgd(optax.constant_schedule(0.05), 0.9, False, 5e-4)
     create = functools.partial(step.create_state, model, tx, SHAPE, seed=0, perturbation_seed=0)
     train_step = step.make_train_step(model, tx, perturbation=perturbation, project=project)
-    return model, tx, jax.jit(create)(), train_step
+    return model, tx, quick.jit(create)(), train_step
 
 
 def setup(perturbation=perturb.NONE, project=False, name='constnet', **arguments):

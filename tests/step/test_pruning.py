@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 
 from zerojax import models
 from zerojax.step import pruning
@@ -9,10 +10,15 @@ from zerojax.step import pruning
 RNG = np.random.default_rng(0)
 
 
-@pytest.fixture
+@pytest.fixture(scope='module')
 def params():
     model = models.create('constnet', depth=7, width=1, init='random')
-    return model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), train=False)['params']
+
+    @quick.jit
+    def init():
+        return model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), train=False)['params']
+
+    return init()
 
 
 def kept(mask):

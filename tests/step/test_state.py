@@ -1,4 +1,7 @@
+import functools
+
 import jax
+import quick
 from small_step import SHAPE, bits, setup
 
 from zerojax import step
@@ -6,9 +9,10 @@ from zerojax import step
 
 def test_seeds_act_on_what_they_are_for_only():
     model, tx, _, _ = setup(init='random')
+    create = quick.jit(functools.partial(step.create_state, model, tx, SHAPE))
 
     def state(**seeds):
-        return step.create_state(model, tx, SHAPE, **({'seed': 0, 'perturbation_seed': 0} | seeds))
+        return create(**({'seed': 0, 'perturbation_seed': 0} | seeds))
 
     def key_bits(state, *names):
         return [jax.random.key_data(state.keys[name]).tolist() for name in names]
