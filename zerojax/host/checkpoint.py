@@ -80,6 +80,23 @@ def with_damaged_metadata(directory: pathlib.Path) -> tuple[list[int], list[int]
     return sorted(damaged), sorted(whole)
 
 
+def _shapes(tree: Any) -> dict[str, str]:
+    """dtype[shape] of each array, by '/'-joined path."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator='/'): f'{x.dtype}{list(x.shape)}'
+        for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
+
+
+def _without_keys(x: Any) -> Any:
+    """Typed PRNG keys as the integers that Orbax saves."""
+    return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
+
+class OtherState(RunError):
+    """A checkpoint that is whole, as far as one can tell, holds other arrays than are asked for."""
+
+
 class Checkpoints:
     """The checkpoints of one run, in `directory`/STEP.
 
@@ -120,7 +137,7 @@ class Checkpoints:
             if read_only or not whole:
                 names = ', '.join(str(directory / str(step)) for step in damaged)
                 raise RunError(
-                    f'{names}: damaged metadata; remove that to use the others'
+                    f'{names}: damaged metadata; move that away to use the others'
                 ) from error
             distributed.largest(0)  # until all processes have looked
             for step in damaged:
@@ -140,11 +157,12 @@ class Checkpoints:
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
-    def save(self, state: TrainState, seconds: float) -> None:
+    def save(self, state: TrainState, seconds: float, metrics_sha256: str | None = None) -> None:
         """Saves the state under its step, with the run time so far; writes in the background.
 
         The state is copied first, so its buffers may be donated at once. A checkpoint of this step
-        that is already there is kept.
+        that is already there is kept. `metrics_sha256` is that of the metrics that the checkpoint
+        presumes; None if it presumes none.
         """
         step = int(state.step)
         if step == self.latest_step:
@@ -152,6 +170,7 @@ class Checkpoints:
         copied = jax.tree.map(jnp.copy, state)
         metadata = {
             'seconds': seconds,
+            'metrics_sha256': metrics_sha256,
             'sha256': tree_sha256(copied),
             'variables_sha256': tree_sha256(
                 {'params': copied.params, 'batch_stats': copied.batch_stats}
@@ -181,6 +200,7 @@ class Checkpoints:
         """{'params', 'batch_stats'} of the checkpoint of `step`, on the host and in their dtypes.
 
         Raises:
+            UsageError: it is the checkpoint of another step.
             RunError: it is damaged.
         """
         partial = ocp.options.PyTreeOptions(
@@ -191,39 +211,68 @@ class Checkpoints:
             # As NumPy arrays: JAX would round float64 to float32 where x64 is off.
             abstract = jax.tree.map(
                 lambda x: np.empty(x.shape, x.dtype),
-                {name: stored[name] for name in ('params', 'batch_stats')},
+                {name: stored[name] for name in ('params', 'batch_stats', 'step')},
             )
             with ocp.Context(pytree_options=partial):
                 variables = self._checkpointer.load(step, abstract_state=abstract)
             digest = self._checkpointer.metadata(step).custom_metadata['variables_sha256']
         except Exception as error:  # Orbax and TensorStore raise many kinds
             raise self._unreadable(step, type(error).__name__) from error
+        saved_at = variables.pop('step')
         if tree_sha256(variables) != digest:
             raise self._unreadable(step, 'its bytes are not those that were saved')
+        self._check_step(step, saved_at)
         return variables
+
+    def _check_step(self, step: int, saved_at: Any) -> None:
+        if int(saved_at) != step:
+            raise UsageError(
+                f'{self._checkpointer.directory / str(step)}: holds the checkpoint of step '
+                f'{int(saved_at)}, so the folder was renamed; give it that name again'
+            )
+
+    def _check_structure(self, step: int, like: TrainState) -> None:
+        """Raises OtherState if a checkpoint has not the arrays of a state."""
+        stored = _shapes(self._checkpointer.metadata(step).metadata)
+        expected = _shapes(jax.eval_shape(functools.partial(jax.tree.map, _without_keys), like))
+        for path in sorted(stored.keys() | expected.keys()):
+            there, here = stored.get(path, 'nothing'), expected.get(path, 'nothing')
+            if there != here:
+                raise OtherState(
+                    f'{self._checkpointer.directory / str(step)}: holds another state than this '
+                    f'config and version have ({path}: {there} there, {here} here)'
+                )
 
     def _unreadable(self, step: int, reason: str) -> RunError:
         folder = self._checkpointer.directory / str(step)
         return RunError(f'checkpoint {folder} is damaged ({reason})')
 
-    def restore(self, step: int, like: TrainState) -> tuple[TrainState, float]:
-        """The checkpoint of `step` as (state, seconds run so far), placed as `like` is.
+    def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The checkpoint of `step`, placed as `like` is, and what was saved beside the state.
 
         Raises:
-            RunError: it is damaged.
+            UsageError: it is the checkpoint of another step.
+            RunError: it is damaged; or as `OtherState`, holds other arrays than `like`.
         """
+        try:
+            self._check_structure(step, like)
+        except OtherState:
+            raise
+        except Exception as error:  # Orbax raises many kinds
+            raise self._unreadable(step, type(error).__name__) from error
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
         )
         try:
             state = self._checkpointer.load(step, abstract_state=abstract)
             metadata = self._checkpointer.metadata(step).custom_metadata
-            seconds, digest = float(metadata['seconds']), metadata['sha256']
+            digest = metadata['sha256']
         except Exception as error:  # Orbax and TensorStore raise many kinds
             raise self._unreadable(step, type(error).__name__) from error
         if tree_sha256(state) != digest:
             raise self._unreadable(step, 'its bytes are not those that were saved')
-        return state, seconds
+        self._check_step(step, state.step)
+        return state, metadata
 
     def set_aside(self, step: int) -> pathlib.Path:
         """Moves the checkpoint of `step` out of the way; the folder that it is in then."""

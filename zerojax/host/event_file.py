@@ -20,7 +20,10 @@ class EventFile:
     def __init__(self, folder: pathlib.Path, step: int) -> None:
         """A new file beside those of earlier starts, whose events beyond `step` are void."""
         folder.mkdir(parents=True, exist_ok=True)
-        name = f'events.out.tfevents.{time.time_ns()}.{platform.node()}.{os.getpid()}'
+        # TensorBoard reads in the order of names, so a new file comes last whatever the clock says.
+        times = [int(x.name.split('.')[3]) for x in folder.glob('events.out.tfevents.[0-9]*.*')]
+        now = max([time.time_ns(), *(each + 1 for each in times)])
+        name = f'events.out.tfevents.{now}.{platform.node()}.{os.getpid()}'
         self._writer = RecordWriter(str(folder / name))
         self._write(file_version='brain.Event:2')
         self._write(step=step + 1, session_log=SessionLog(status=SessionLog.START))

@@ -1,5 +1,6 @@
 """metrics.jsonl: what a run measured, a line at a time."""
 
+import hashlib
 import json
 import os
 import pathlib
@@ -87,6 +88,13 @@ class MetricsLog:
         for name, value in flatten_dict(values, sep='.').items():
             if value is not None:
                 self._events.scalar(f'{kind}/{name}', value, step)
+
+    def sha256(self) -> str:
+        """Hash of all lines, as they are in the file."""
+        digest = hashlib.sha256()
+        for record in self.lines:
+            digest.update((json.dumps(record) + '\n').encode())
+        return digest.hexdigest()
 
     def last(self, kind: str) -> Record | None:
         """The last line of a kind; None if there is none."""

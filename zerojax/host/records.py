@@ -44,7 +44,7 @@ def read_json(path: pathlib.Path, fields: Sequence[str] = ()) -> Record:
             raise ValueError(f'lacks {", ".join(missing)}')
     except (ValueError, TypeError) as error:
         raise UsageError(
-            f'{path}: cannot be read ({error}); remove it, and the same command makes it anew'
+            f'{path}: cannot be read ({error}); move it away, and the same command makes it anew'
         ) from error
     return value
 

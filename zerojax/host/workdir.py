@@ -2,13 +2,15 @@
 
 import fcntl
 import json
+import os
 import pathlib
-from typing import IO, Self
+from typing import IO, Any, Self
 
 from flax.traverse_util import flatten_dict
 
 from zerojax.host import objectstore
 from zerojax.host.errors import UsageError
+from zerojax.host.manifest import read_starts
 from zerojax.host.records import Record, write_json
 
 
@@ -34,6 +36,16 @@ def lock(path: pathlib.Path) -> IO[str]:
             'wait for it or name another folder'
         ) from None
     return file
+
+
+def _content(field: str, value: Any) -> Any:
+    """What of a field's value makes runs different ones.
+
+    Where data lie does not: the manifest has their hash. Nor does how a path is spelled.
+    """
+    if field == 'dataset.data_dir':
+        return None
+    return os.path.realpath(value) if field == 'pruning.source' and value else value
 
 
 class Workdir:
@@ -71,6 +83,11 @@ class Workdir:
         if self._lock is not None:
             self._lock.close()
 
+    def _version(self) -> str:
+        """That by which the run was started, as far as its manifest tells."""
+        starts = read_starts(self.path / 'manifest.json')
+        return f'zerojax {starts[0]["versions"]["zerojax"]}' if starts else 'another version'
+
     def _claim(self, config: Record) -> None:
         file = self.path / 'config.json'
         if not file.exists():
@@ -94,12 +111,17 @@ class Workdir:
                 'name another folder'
             ) from error
         ours = flatten_dict(config, sep='.')
-        missing = object()
+        unknown = ', '.join(sorted(theirs.keys() ^ ours.keys()))
+        if unknown:
+            raise UsageError(
+                f'--workdir={self.path}: holds a run of {self._version()}, whose config has other '
+                f"fields than this version's ({unknown}); finish it with that version, or name "
+                'another folder'
+            )
         differing = [
-            f'{field} is {json.dumps(theirs[field]) if field in theirs else "absent"} there and '
-            f'{json.dumps(ours[field]) if field in ours else "absent"} here'
-            for field in sorted(theirs.keys() | ours.keys())
-            if theirs.get(field, missing) != ours.get(field, missing)
+            f'{field} is {json.dumps(theirs[field])} there and {json.dumps(ours[field])} here'
+            for field in sorted(ours)
+            if _content(field, theirs[field]) != _content(field, ours[field])
         ]
         if differing:
             raise UsageError(

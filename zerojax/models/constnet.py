@@ -91,7 +91,7 @@ class ConstNet(StagedNetwork):
         for place in self.blocks():
             inits = kernel_init, shortcut_init, self.shortcut
             x = ConstNetBlock(place, *inits, conv, norm, dropout, name=place.name)(x)
-        return head(nn.relu(x), self.num_classes, self.dtype)
+        return head(nn.relu(x), self.num_classes, self.precision, self.dtype)
 
     def noiseless(self) -> 'ConstNet | None':
         """As `StagedNetwork.noiseless`: of ZerO's initial weights, which has no noise."""
@@ -116,6 +116,7 @@ def create(
     shortcut: str,
     sigma_w: float | None,
     convolution: str,
+    precision: str,
     dtype: str | None,
 ) -> ConstNet:
     """See `models.create`."""
@@ -127,6 +128,6 @@ def create(
         sigma_w = 1.0 if init == 'random' else 0.0
     require(0 <= sigma_w <= 1e6, 'sigma_w', sigma_w, 'must be from 0 to 1e6')
     return ConstNet(
-        depth, width, num_classes, init, dropout, CONVOLUTIONS[convolution], dtype,
+        depth, width, num_classes, init, dropout, CONVOLUTIONS[convolution], precision, dtype,
         sigma_w=sigma_w, dropout_at=dropout_at, shortcut=shortcut,
     )  # fmt: skip

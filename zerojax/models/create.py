@@ -6,7 +6,7 @@ from collections.abc import Callable
 from zerojax.models import constnet, leakynet, mlp, wide_resnet
 from zerojax.models.arguments import require, require_default, require_one_of
 from zerojax.models.constnet import DROPOUT_PLACES, SHORTCUTS, ConstNet
-from zerojax.models.layers import CONVOLUTIONS
+from zerojax.models.layers import CONVOLUTIONS, PRECISIONS
 from zerojax.models.leakynet import LeakyNet
 from zerojax.models.mlp import MLP
 from zerojax.models.wide_resnet import WideResNet
@@ -38,6 +38,7 @@ def create(
     negative_slope: float = 0.01,
     unique_features: int | None = None,
     convolution: str = 'direct',
+    precision: str = 'highest',
     dtype: str | None = None,
 ) -> Network:
     """Builds a network.
@@ -65,6 +66,9 @@ def create(
         convolution: how a convolution is computed: 'direct' (XLA's convolution) or 'patches' (one
             matrix product). Equal up to rounding; which is faster depends on size and device.
             'mlp' has no use for it.
+        precision: of all products, forward and backward, see `jax.lax.Precision`: 'highest' (of
+            float32 in float32), 'high' or 'default'. With 'default' GPUs round the factors to TF32
+            and TPUs to bfloat16, to which 1 + 1e-6 is 1; CPUs make no difference.
         dtype: 'bfloat16' is mixed precision: convolutions and activations in bfloat16, but
             parameters, statistics of BatchNorm, head and loss in float32. None: all in the dtype
             of the parameters. 'mlp' has no use for it.
@@ -77,6 +81,7 @@ def create(
     require_one_of(DROPOUT_PLACES, 'dropout_at', dropout_at)
     require_one_of(SHORTCUTS, 'shortcut', shortcut)
     require_one_of(CONVOLUTIONS, 'convolution', convolution)
+    require_one_of(PRECISIONS, 'precision', precision)
     require(dtype in DTYPES, 'dtype', dtype, 'must be None or bfloat16')
     require(1 <= width <= 2**20, 'width', width, f'must be from 1 to {2**20}')
     require(num_classes >= 1, 'num_classes', num_classes, 'must be at least 1')

@@ -11,11 +11,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-Convolve = Callable[[jax.Array, jax.Array, int], jax.Array]  # (x, kernel, stride) -> out
+# (x, kernel, stride, precision) -> out; the gradients' products have the same precision
+Convolve = Callable[[jax.Array, jax.Array, int, str], jax.Array]
+PRECISIONS = ('highest', 'high', 'default')  # of products, see `jax.lax.Precision`
 ModuleDef = Callable[..., Any]  # makes a layer; a block is handed those that it is made of
 
 
-def convolve_direct(x_BxHxWxC: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+def convolve_direct(
+    x_BxHxWxC: jax.Array, kernel: jax.Array, stride: int, precision: str = 'highest'
+) -> jax.Array:
     """Convolution padded by k // 2 on all sides (not Flax's 'SAME', which differs at stride 2)."""
     pad = kernel.shape[0] // 2
     return lax.conv_general_dilated(
@@ -24,10 +28,13 @@ def convolve_direct(x_BxHxWxC: jax.Array, kernel: jax.Array, stride: int) -> jax
         window_strides=(stride, stride),
         padding=((pad, pad), (pad, pad)),
         dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        precision=precision,
     )
 
 
-def convolve_patches(x_BxHxWxC: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+def convolve_patches(
+    x_BxHxWxC: jax.Array, kernel: jax.Array, stride: int, precision: str = 'highest'
+) -> jax.Array:
     """The same convolution as one matrix product: patches [B, H, W, k·k·C] times kernel."""
     size, _, c_in, c_out = kernel.shape
     pad = size // 2
@@ -44,7 +51,8 @@ def convolve_patches(x_BxHxWxC: jax.Array, kernel: jax.Array, stride: int) -> ja
         for i in range(size)
         for j in range(size)
     ]
-    return jnp.concatenate(taps, axis=-1) @ kernel.reshape(size * size * c_in, c_out)
+    matrix = kernel.reshape(size * size * c_in, c_out)
+    return jnp.matmul(jnp.concatenate(taps, axis=-1), matrix, precision=precision)
 
 
 CONVOLUTIONS: dict[str, Convolve] = {'direct': convolve_direct, 'patches': convolve_patches}
@@ -58,6 +66,7 @@ class Conv(nn.Module):
     stride: int
     kernel_init: nn.initializers.Initializer
     convolve: Convolve
+    precision: str
     dtype: str | None
 
     @nn.compact
@@ -65,7 +74,8 @@ class Conv(nn.Module):
         shape = (self.kernel_size, self.kernel_size, x_BxHxWxC.shape[-1], self.features)
         kernel = self.param('kernel', self.kernel_init, shape, jnp.float32)
         dtype = self.dtype or kernel.dtype
-        return self.convolve(x_BxHxWxC.astype(dtype), kernel.astype(dtype), self.stride)
+        x, kernel = x_BxHxWxC.astype(dtype), kernel.astype(dtype)
+        return self.convolve(x, kernel, self.stride, self.precision)
 
 
 class Linear(nn.Module):
@@ -73,6 +83,7 @@ class Linear(nn.Module):
 
     features: int
     kernel_init: nn.initializers.Initializer
+    precision: str
 
     @nn.compact
     def __call__(self, x_BxC: jax.Array) -> jax.Array:
@@ -80,7 +91,8 @@ class Linear(nn.Module):
             'kernel', self.kernel_init, (x_BxC.shape[-1], self.features), jnp.float32
         )
         bias = self.param('bias', nn.initializers.zeros, (self.features,), jnp.float32)
-        return x_BxC.astype(kernel.dtype) @ kernel + bias[None, :]
+        product = jnp.matmul(x_BxC.astype(kernel.dtype), kernel, precision=self.precision)
+        return product + bias[None, :]
 
 
 def dropout(x: jax.Array, rate: float, train: bool) -> jax.Array:

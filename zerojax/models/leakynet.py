@@ -59,7 +59,9 @@ class LeakyNet(StagedNetwork):
         for place, init in zip(self.blocks(), inits[1:], strict=True):
             types = conv, norm, dropout
             x = LeakyNetBlock(place, init, self.negative_slope, *types, name=place.name)(x)
-        return head(nn.leaky_relu(x, self.negative_slope), self.num_classes, self.dtype)
+        return head(
+            nn.leaky_relu(x, self.negative_slope), self.num_classes, self.precision, self.dtype
+        )
 
     def noiseless(self) -> 'LeakyNet | None':
         """As `StagedNetwork.noiseless`: identities keep apart what they read."""
@@ -88,13 +90,14 @@ def create(
     dropout: float,
     negative_slope: float,
     convolution: str,
+    precision: str,
     dtype: str | None,
 ) -> LeakyNet:
     """See `models.create`."""
     require_depth(LeakyNet.layers_per_block, depth)
     check_letters(init, depth)
     return LeakyNet(
-        depth, width, num_classes, init, dropout, CONVOLUTIONS[convolution], dtype,
+        depth, width, num_classes, init, dropout, CONVOLUTIONS[convolution], precision, dtype,
         negative_slope=negative_slope,
     )  # fmt: skip
 

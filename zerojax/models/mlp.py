@@ -27,6 +27,7 @@ class MLP(nn.Module):
     num_classes: int
     weight_init: str = 'random'
     unique_features: int | None = None
+    precision: str = 'highest'
 
     @nn.compact
     def __call__(self, images_BxHxWxC: jax.Array, train: bool) -> jax.Array:
@@ -37,8 +38,9 @@ class MLP(nn.Module):
             he = variance_scaling(2.0, 'fan_in', 'normal')
             kernel_init = initializers.repeated(he, self.unique_features or self.width)
         pixels_BxC = images_BxHxWxC.reshape(len(images_BxHxWxC), -1)
-        hidden = Linear(self.width, kernel_init, name='hidden')(pixels_BxC)
-        return nn.Dense(self.num_classes, kernel_init=zeros, name='head')(nn.relu(hidden))
+        hidden = Linear(self.width, kernel_init, self.precision, name='hidden')(pixels_BxC)
+        head = nn.Dense(self.num_classes, kernel_init=zeros, precision=self.precision, name='head')
+        return head(nn.relu(hidden))
 
     def layers(self) -> list[str]:
         """As `StagedNetwork.layers`."""
@@ -65,6 +67,7 @@ def create(
     init: str,
     unique_features: int | None,
     convolution: str,
+    precision: str,
 ) -> MLP:
     """See `models.create`."""
     del depth, convolution  # whatever they are, so that any config may have the toy for its model
@@ -73,4 +76,4 @@ def create(
     require_one_of(INITS, 'init', init)
     in_range = unique_features is None or 1 <= unique_features <= width
     require(in_range, 'unique_features', unique_features, f'must be from 1 to width={width}')
-    return MLP(width, num_classes, init, unique_features)
+    return MLP(width, num_classes, init, unique_features, precision)

@@ -55,6 +55,7 @@ class StagedNetwork(nn.Module):
     weight_init: str
     dropout: float = 0.0
     convolve: Convolve = convolve_direct
+    precision: str = 'highest'
     dtype: str | None = None
     feature_counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
@@ -133,7 +134,9 @@ class StagedNetwork(nn.Module):
         The paper's BatchNorm: running averages keep 0.9 a step. Statistics are computed in float32
         or better; what it returns is rounded to `dtype`.
         """
-        conv = functools.partial(Conv, convolve=self.convolve, dtype=self.dtype)
+        conv = functools.partial(
+            Conv, convolve=self.convolve, precision=self.precision, dtype=self.dtype
+        )
         norm = functools.partial(
             nn.BatchNorm,
             use_running_average=not train,
@@ -154,8 +157,8 @@ def norm_axes(stream: str) -> dict[str, Any]:
     return {'scale': (stream,), 'bias': (stream,)}
 
 
-def head(x_BxHxWxC: jax.Array, num_classes: int, dtype: str | None) -> jax.Array:
+def head(x_BxHxWxC: jax.Array, num_classes: int, precision: str, dtype: str | None) -> jax.Array:
     """Logits [B, N] of the mean over space; in float32 where the layers before it compute in a
     `dtype` of their own."""
     x_BxC = jnp.mean(x_BxHxWxC.astype(jnp.float32) if dtype else x_BxHxWxC, axis=(1, 2))
-    return nn.Dense(num_classes, kernel_init=zeros, name='head')(x_BxC)
+    return nn.Dense(num_classes, kernel_init=zeros, precision=precision, name='head')(x_BxC)

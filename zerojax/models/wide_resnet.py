@@ -97,7 +97,7 @@ class WideResNet(StagedNetwork):
             x = x + Scalar(0.0, 'bias', name='bias')().astype(x.dtype)
         else:
             x = norm(name='bn')(x)
-        return head(nn.relu(x), self.num_classes, self.dtype)
+        return head(nn.relu(x), self.num_classes, self.precision, self.dtype)
 
     def block_axes(self, place: Place) -> dict[str, Any]:
         """As `StagedNetwork.block_axes`."""
@@ -126,9 +126,12 @@ def create(
     init: str,
     dropout: float,
     convolution: str,
+    precision: str,
     dtype: str | None,
 ) -> WideResNet:
     """See `models.create`."""
     require_depth(WideResNet.layers_per_block, depth)
     require_one_of(INITS, 'init', init)
-    return WideResNet(depth, width, num_classes, init, dropout, CONVOLUTIONS[convolution], dtype)
+    return WideResNet(
+        depth, width, num_classes, init, dropout, CONVOLUTIONS[convolution], precision, dtype
+    )

@@ -126,7 +126,7 @@ def _open_tfds(name: str, data_dir: str | None) -> Any:
 def _damaged(folder: Any, reason: str) -> UsageError:
     return UsageError(
         f'dataset.data_dir: {folder} cannot be read ({reason}); '
-        'remove that folder and prepare the set again'
+        'prepare the set again in another folder'
     )
 
 

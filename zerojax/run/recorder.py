@@ -42,6 +42,7 @@ class Recorder:
             Checkpoints(workdir / 'checkpoints', config.keep_checkpoints_at)
         )
         self.seconds_before = 0.0  # in processes before this one
+        self._presumed: str | None = None  # hash of the metrics of these, if it was noted
         self.error: RunError | None = None  # what it ended with before its time
         self.manifest: Record | None = None  # of the process that writes it
         self._schedule = build_schedule(config, config.optimizer.learning_rate)
@@ -59,11 +60,22 @@ class Recorder:
         self.metrics = stack.enter_context(
             MetricsLog(self.workdir, step if step > 0 else -1, writes=distributed.is_first())
         )
+        if step > 0 and self._presumed not in (None, self.metrics.sha256()):
+            raise UsageError(
+                f'--workdir={self.workdir}: metrics.jsonl is not the one that the checkpoint of '
+                f'step {step} was saved with, lines are missing or others; put it back, or name '
+                'another folder'
+            )
         if step > 0 and self.metrics.last('eval') is None:
             raise UsageError(
                 f'--workdir={self.workdir}: has a checkpoint of step {step} but metrics.jsonl is '
-                'empty; name another folder'
+                'empty; put it back, or name another folder'
             )
+
+    def resume(self, saved: Record) -> None:
+        """Takes over what was saved beside the state that the run goes on from."""
+        self.seconds_before = saved.get('seconds', 0.0)
+        self._presumed = saved.get('metrics_sha256')
 
     def check_finite(self, nonfinite_at_step: int) -> None:
         """Ends the run if an update up to here gave a number that is not finite."""
@@ -125,7 +137,7 @@ class Recorder:
     def save(self, state: TrainState, seconds: float) -> None:
         """Saves a checkpoint; `seconds` is the time of this process."""
         self.metrics.flush()  # a checkpoint presumes the lines up to its step
-        self.checkpoints.save(state, self.seconds_before + seconds)
+        self.checkpoints.save(state, self.seconds_before + seconds, self.metrics.sha256())
 
     def finish(self, state: TrainState, seconds: float) -> Record:
         """Writes summary and figure of a run that is at its end."""
@@ -260,6 +272,7 @@ def run_facts(program: Program) -> Record:
             'determinism': config.determinism.mode,
             'steps_per_call': config.steps_per_call,
             'convolution': config.model.convolution,
+            'precision': config.model.precision,
             'param_dtype': config.param_dtype,
             'runs_at_once': program.runs or 1,
             'mesh': None if program.mesh is None else dict(program.mesh.shape),

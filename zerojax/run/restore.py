@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from zerojax import config as config_lib
 from zerojax.host import distributed, manifest
+from zerojax.host.checkpoint import OtherState
 from zerojax.host.errors import RunError, UsageError
 from zerojax.host.progress import Progress
 from zerojax.host.workdir import Workdir
@@ -66,7 +67,9 @@ def restore(
     which will be made again, removed.
 
     Raises:
-        RunError: there is no such step; all checkpoints are left as they are.
+        UsageError: the checkpoints hold states of another structure, or one was renamed.
+        RunError: there is no such step.
+        In both cases all checkpoints are left as they are.
     """
     states = [
         its_state
@@ -85,22 +88,27 @@ def restore(
             try:
                 new = not run.checkpoints.steps
                 restored.append(
-                    (its_state, 0.0) if new else run.checkpoints.restore(step, like=its_state)
+                    (its_state, {}) if new else run.checkpoints.restore(step, like=its_state)
                 )
             except RunError as reason:
                 damaged[run, step] = reason
         if len(restored) == len(runs):
             break
     else:
+        if damaged and all(isinstance(each, OtherState) for each in damaged.values()):
+            raise UsageError(
+                f'{next(iter(damaged.values()))}; resume it with those that it was saved by, or '
+                'name another folder'
+            )
         reasons = '; '.join(map(str, damaged.values())) or 'no step is common to all runs'
         of_these = {run for run, _ in damaged} or runs
         folders = ', '.join(str(run.workdir / 'checkpoints') for run in runs if run in of_these)
-        raise RunError(f'{reasons}; none is left to resume from: remove {folders} to begin anew')
+        raise RunError(f'{reasons}; none is left to resume from: move {folders} away to begin anew')
     for (run, bad_step), error in damaged.items():
         folder = run.checkpoints.set_aside(bad_step)
         progress.say(f'{error}; moved to {folder}, going on from step {step}')
-    for run, (_, seconds) in zip(runs, restored, strict=True):
-        run.seconds_before = seconds
+    for run, (_, saved) in zip(runs, restored, strict=True):
+        run.resume(saved)
         for newer in [each for each in run.checkpoints.steps if each > step]:
             run.checkpoints.delete(newer)
     return program.stack_states([its_state for its_state, _ in restored]), step
