@@ -21,17 +21,32 @@ class MetricsLog:
     resumed leaves the same bytes as one that was not.
     """
 
-    def __init__(self, workdir: pathlib.Path, step: int, *, writes: bool = True) -> None:
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        step: int,
+        presumed: str | None = None,
+        *,
+        writes: bool = True,
+    ) -> None:
         """Opens the file to go on after `step`; what was written beyond it will be run again.
+
+        `presumed` is the `sha256` that the lines up to there must have; None: any.
 
         -1 starts anew, even if a process was killed before it saved its first checkpoint. Without
         `writes` the lines are kept in memory, and the file, which another process writes, is read.
 
         Raises:
-            UsageError: a line other than the last is damaged.
+            UsageError: a line other than the last is damaged, or the lines are not those presumed.
         """
         self._path = workdir / 'metrics.jsonl'
         self.lines = self._read_until(step)
+        if presumed not in (None, self.sha256()):
+            raise UsageError(
+                f'--workdir={workdir}: metrics.jsonl is not the one that the checkpoint of step '
+                f'{step} was saved with, lines are missing or others; put it back, or name another '
+                'folder'
+            )
         self._writes = writes
         if not writes:
             return

@@ -55,22 +55,18 @@ class Recorder:
         Raises:
             UsageError: a file is damaged, or metrics.jsonl lacks what the checkpoint presumes.
         """
-        if distributed.is_first():
-            self.manifest = manifest.add_start(self.workdir / 'manifest.json', step, facts)
+        start = step if step > 0 else -1
+        presumed = self._presumed if step > 0 else None
         self.metrics = stack.enter_context(
-            MetricsLog(self.workdir, step if step > 0 else -1, writes=distributed.is_first())
+            MetricsLog(self.workdir, start, presumed, writes=distributed.is_first())
         )
-        if step > 0 and self._presumed not in (None, self.metrics.sha256()):
-            raise UsageError(
-                f'--workdir={self.workdir}: metrics.jsonl is not the one that the checkpoint of '
-                f'step {step} was saved with, lines are missing or others; put it back, or name '
-                'another folder'
-            )
         if step > 0 and self.metrics.last('eval') is None:
             raise UsageError(
                 f'--workdir={self.workdir}: has a checkpoint of step {step} but metrics.jsonl is '
                 'empty; put it back, or name another folder'
             )
+        if distributed.is_first():
+            self.manifest = manifest.add_start(self.workdir / 'manifest.json', step, facts)
 
     def resume(self, saved: Record) -> None:
         """Takes over what was saved beside the state that the run goes on from."""
