@@ -80,6 +80,7 @@ def default_config() -> ConfigDict:
     config.perturbation.relative = False  # of gaussian, activation: to what is perturbed
     config.perturbation.count = 1  # of ulp: how many weights; of unequal_init: unique features
     config.perturbation.backward = False  # of activation: perturb gradients instead
+    config.perturbation.strength = 0.01  # of disout: of its noise; see zerojax/perturb.py
 
     config.mesh = ConfigDict()
     config.mesh.data = 1  # devices that share each batch; see docs/cloud.md
@@ -95,7 +96,8 @@ def default_config() -> ConfigDict:
     config.optimizer.b1 = 0.9  # of radam
     config.optimizer.b2 = 0.999
     config.optimizer.weight_decay = 5e-4  # on every parameter; sgd: inside the gradient (L2)
-    config.optimizer.freeze = ''  # regular expression on paths: these stay as they start; '': none
+    # Regular expression on paths: these stay as they start, whatever perturbation.layers says.
+    config.optimizer.freeze = ''  # '': none
     config.optimizer.drop_at = ()  # fractions of the run at which the learning rate is multiplied
     config.optimizer.drop_factor = 0.2  # by this factor
 
@@ -239,6 +241,11 @@ def check(config: ConfigDict) -> None:
         raise UsageError(
             f'pruning.fraction={config.pruning.fraction}: needs pruning.source, the workdir of a '
             'finished run'
+        )
+    if config.symmetry.project and config.pruning.source:
+        raise UsageError(
+            f'symmetry.project=True: would bring weights back that pruning.source='
+            f'{config.pruning.source!r} removes; leave out one of the two'
         )
     if len(config.dataset.mean) != len(config.dataset.std):
         raise UsageError(

@@ -243,7 +243,8 @@ def variables(workdir, step):
 
 
 def test_frozen_layers_stay_as_they_start_and_the_others_do_not(tiny_config, tmp_path):
-    tiny_config.perturbation.kind = 'none'
+    """Also where a perturbation of all weights comes again and again."""
+    tiny_config.perturbation.every = 3
     tiny_config.optimizer.freeze = r'block1_0|.*/shortcut'
     tiny_config.keep_checkpoints_at = (0,)
     train(tiny_config, tmp_path)
@@ -303,8 +304,26 @@ def test_a_lottery_ticket_is_pruned_rewound_and_stays_pruned(tiny_config, tmp_pa
         ({'dataset.cutout': 9}, r'dataset\.cutout=9: must be at most 8'),
         ({'keep_checkpoints_at': (4,)}, r'keep_checkpoints_at=\(4,\): must be at most num_steps=3'),
         (
-            {'symmetry.project': True, 'model.init': 'he'},
+            {'symmetry.project': True, 'model.init': 'he', 'pruning.source': ''},
             'project=True: constnet with init',
+        ),
+        ({'symmetry.project': True}, r'symmetry\.project=True: .* pruning\.source='),
+        (
+            {
+                'perturbation.kind': 'gaussian',
+                'perturbation.layers': 'stem',
+                'optimizer.freeze': 'stem|head',
+            },
+            r"optimizer\.freeze='stem\|head': freezes all that perturbation\.layers='stem' chooses",
+        ),
+        (
+            {
+                'perturbation.kind': 'ulp',
+                'perturbation.scale': 0.0,
+                'perturbation.layers': 'stem|.*conv',
+                'optimizer.freeze': 'stem',
+            },
+            r"perturbation\.layers='stem\|\.\*conv': chooses 0 weights that are not 0",
         ),
         (
             {

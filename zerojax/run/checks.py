@@ -129,6 +129,13 @@ def check_layers(config: ConfigDict, params: Tree, feature_axes: Tree) -> None:
                 f'{field}={pattern!r}: matches no parameter; '
                 f'they are {", ".join(perturb.chosen(params, ".*"))}'
             )
+    layers, frozen = config.perturbation.layers, config.optimizer.freeze
+    perturbs_weights = config.perturbation.kind in perturb.WEIGHT_KINDS
+    if perturbs_weights and not perturb.chosen_but(params, layers, frozen):
+        raise UsageError(
+            f'optimizer.freeze={frozen!r}: freezes all that perturbation.layers={layers!r} '
+            'chooses, and what is frozen is not perturbed; choose others in one of the two'
+        )
 
 
 def check_initial_weights(
@@ -151,7 +158,8 @@ def check_initial_weights(
             'start with equal features; must be False'
         )
     flat = flatten_dict(params, sep='/')
-    nonzero = sum(int(jnp.sum(flat[path] != 0)) for path in perturb.chosen(params, p.layers))
+    paths = perturb.chosen_but(params, p.layers, config.optimizer.freeze)
+    nonzero = sum(int(jnp.sum(flat[path] != 0)) for path in paths)
     if scales_weights and nonzero < p.count:
         raise UsageError(
             f'perturbation.layers={p.layers!r}: chooses {nonzero} weights that are not 0 at step 0;'

@@ -114,6 +114,7 @@ class Program:
             ),
             project=self.config.symmetry.project,
             orbits=self.orbits,
+            frozen=self.config.optimizer.freeze,
         )
         return train_step(state, self.make_batch(state, source))
 
