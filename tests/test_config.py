@@ -55,6 +55,7 @@ def test_the_fixture_is_right(config):
         ('symmetry.project', 1, 'of type bool'), ('model.sigma_w', -0.5, 'from 0 to 1e6'),
         ('model.negative_slope', 1.0, 'below 1'),
         ('model.unique_features', 2, 'no use for it'), ('model.dropout_at', 'x', 'blocks, stem'),
+        ('dataset.last_batch', 'pad', 'drop, keep'),
         ('dataset.cutout', -1, 'from 0'), ('dataset.mixup', float('inf'), 'from 0.001'),
         ('optimizer.name', 'adam', 'sgd, radam'), ('optimizer.b1', 1.0, 'below 1'),
         ('optimizer.b2', -0.1, 'at least 0'), ('optimizer.b1', 0.5, 'sgd has no use for it'),

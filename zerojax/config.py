@@ -31,7 +31,8 @@ def default_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # initial weights, order of examples, augmentation, dropout
     config.num_steps = config_dict.placeholder(int)  # updates; or give num_epochs instead
-    config.num_epochs = config_dict.placeholder(int)  # an epoch: train examples // batch_size steps
+    # An epoch: train examples // batch_size steps, and one more with dataset.last_batch = 'keep'.
+    config.num_epochs = config_dict.placeholder(int)
     config.batch_size = 128
     config.log_every_steps = 100  # a 'train' line in metrics.jsonl
     config.eval_every_steps = 1000  # an 'eval' and a 'symmetry' line
@@ -61,6 +62,9 @@ def default_config() -> ConfigDict:
     config.dataset.train_split = 'train'
     config.dataset.eval_split = 'test'
     config.dataset.augment = False  # reflect-pad 4, crop, mirror
+    # The examples left at an epoch's end: 'drop' (all batches have one shape, compiled once, and
+    # BatchNorm always sees as many examples), or 'keep' as the paper's code, in a smaller batch.
+    config.dataset.last_batch = 'drop'
     config.dataset.cutout = 0  # side in pixels of a square set to the mean; 0: none
     config.dataset.mixup = 0.0  # alpha of the Beta distribution that mixes images; 0: none
     config.dataset.mean = ()  # per channel, in units of 0 to 255; (): measured on the train split
@@ -179,6 +183,7 @@ RULES: dict[str, Rule] = {
         lambda value: all(type(step) is int and 0 <= step <= INT32 for step in value),
         'must be steps, whole numbers of at least 0',
     ),
+    'dataset.last_batch': _one_of(('drop', 'keep')),
     'dataset.cutout': _between(0, 4096),
     'dataset.mixup': (
         lambda value: value == 0 or 1e-3 <= value <= 1e3,
