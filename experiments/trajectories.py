@@ -19,8 +19,9 @@ from ml_collections import ConfigDict
 from experiments import runs
 from zerojax import config as config_lib
 from zerojax.host import records
+from zerojax.host.errors import UsageError
 from zerojax.perturb import NONE, Perturbation
-from zerojax.run.building import Source, scalars_of
+from zerojax.run.building import Source, keeps_last, scalars_of
 from zerojax.run.checks import resolve
 from zerojax.run.program import Programs
 from zerojax.step import TrainState
@@ -77,6 +78,8 @@ class Laboratory:
 
     def __init__(self, config: ConfigDict, folder: pathlib.Path) -> None:
         config_lib.check(config)
+        if keeps_last(config):
+            raise UsageError("dataset.last_batch='keep': predictions need batches of one size")
         self.folder = folder
         self.programs = Programs()
         dataset = self.programs.dataset(config)

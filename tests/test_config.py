@@ -46,6 +46,8 @@ def test_the_fixture_is_right(config):
         ('perturbation.scale', float('nan'), 'finite'), ('perturbation.seed', -1, 'from 0 to'),
         ('perturbation.at_step', -1, 'from 0'), ('perturbation.every', -1, 'from 0'),
         ('perturbation.layers', '(', 'regular expression'), ('perturbation.count', 0, 'from 1'),
+        ('perturbation.strength', -1.0, 'at least 0'),
+        ('perturbation.strength', float('inf'), 'finite'),
         ('perturbation.relative', 1, 'of type bool'), ('param_dtype', 'float16', 'bfloat16'),
         ('optimizer.learning_rate', float('inf'), 'finite'), ('optimizer.momentum', 1.0, 'below 1'),
         ('optimizer.weight_decay', -1.0, '>= 0'), ('optimizer.drop_at', (0.5, 0.2), 'rising'),
@@ -53,6 +55,7 @@ def test_the_fixture_is_right(config):
         ('symmetry.project', 1, 'of type bool'), ('model.sigma_w', -0.5, 'from 0 to 1e6'),
         ('model.negative_slope', 1.0, 'below 1'),
         ('model.unique_features', 2, 'no use for it'), ('model.dropout_at', 'x', 'blocks, stem'),
+        ('dataset.last_batch', 'pad', 'drop, keep'),
         ('dataset.cutout', -1, 'from 0'), ('dataset.mixup', float('inf'), 'from 0.001'),
         ('optimizer.name', 'adam', 'sgd, radam'), ('optimizer.b1', 1.0, 'below 1'),
         ('optimizer.b2', -0.1, 'at least 0'), ('optimizer.b1', 0.5, 'sgd has no use for it'),
@@ -69,6 +72,17 @@ def test_a_bad_value_is_refused_by_field_value_and_what_is_allowed(config, field
     with config.ignore_type():
         (config[group] if group else config)[name] = value
     with pytest.raises(UsageError, match=rf'{field}=.*{allowed}') as error:
+        check(config)
+    assert '\n' not in str(error.value)
+
+
+def test_projection_and_pruning_exclude_each_other(config):
+    config.symmetry.project = True
+    check(config)
+    config.pruning.source = 'a/run'
+    with pytest.raises(
+        UsageError, match=r"symmetry\.project=True: .*pruning\.source='a/run'"
+    ) as error:
         check(config)
     assert '\n' not in str(error.value)
 

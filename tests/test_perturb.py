@@ -1,4 +1,6 @@
 import contextlib
+import functools
+import typing
 
 import flax.linen as nn
 import jax
@@ -317,6 +319,17 @@ def test_disout_without_space_distorts_single_entries_and_rate_0_none():
     np.testing.assert_array_equal(disout(x, KEY, 0.0), x)
 
 
+@pytest.mark.parametrize('strength', [0.0, 0.05, 0.5])
+def test_disout_has_the_strength_that_is_asked_for(strength):
+    x = np.random.default_rng(1).normal(9, 1, (64, 300)).astype(np.float32)
+    p = Perturbation('disout', 0.2, strength=strength)
+    y = np.asarray(quick.jit(functools.partial(perturb.perturb_output, p))(x, KEY))
+    distorted = np.abs(y) < 5
+    assert distorted.mean() == pytest.approx(0.2, abs=0.01)
+    expected = strength * x.std() / (1 - distorted.mean())
+    assert y[distorted].std() == pytest.approx(expected, rel=0.05)
+
+
 def test_noise_on_gradients_is_relative():
     grads = {'a': jnp.array([1e-6, -1.0, 0.0] * 5000), 'b': jnp.ones(3)}
     p = Perturbation('gradient', 1e-7 * 100, layers='a')
@@ -357,6 +370,77 @@ def test_in_an_optax_chain_gradients_are_perturbed_before_all_else():
     np.testing.assert_array_equal(updates['a'], -0.1 * expected['a'])
 
 
+class Layer(typing.NamedTuple):
+    kernel: jax.Array
+    bias: jax.Array
+
+
+def pytrees():
+    """Trees of all kinds of containers, each with the nested dictionaries of the same paths."""
+    x, y = jnp.linspace(1, 2, 12).reshape(3, 4), jnp.linspace(-2, -1, 4)
+    return {
+        'one array': (x, {'': x}),
+        'list': ([x, y], {'0': x, '1': y}),
+        'tuple': ((y, (x,)), {'0': y, '1': {'0': x}}),
+        'named tuple': (Layer(x, y), {'kernel': x, 'bias': y}),
+        'mixed': (
+            {'b': [Layer(x, y), None], 'a': {}, 'c': (y,)},
+            {'b': {'0': {'kernel': x, 'bias': y}}, 'c': {'0': y}},
+        ),
+        'keys in another order': ({'a-1': x, 'a': [y]}, {'a-1': x, 'a': {'0': y}}),
+    }
+
+
+@pytest.mark.parametrize('name', pytrees())
+@pytest.mark.parametrize(
+    'p',
+    [
+        Perturbation('gaussian', 0.5, at_step=1), Perturbation('one_weight', 0.5, at_step=1),
+        Perturbation('ulp', at_step=1, count=5), Perturbation('gradient', 0.5, at_step=0),
+        Perturbation('gaussian', 0.5, at_step=1, layers='(b/)?(0|kernel)'),
+    ],
+    ids=lambda p: f'{p.kind}-{p.layers}',
+)  # fmt: skip
+def test_any_pytree_is_perturbed_as_nested_dictionaries_of_its_paths(name, p):
+    """In a chain, by bits; the tree keeps its form."""
+    tree, nested = pytrees()[name]
+    updated = []
+    for params in (tree, nested):
+        tx = perturb.as_transformation(p, seed=2)
+        updates, _ = tx.update(params, tx.init(params), params)
+        assert jax.tree.structure(updates) == jax.tree.structure(params)
+        updated.append(dict(zip(perturb.paths_of(updates), jax.tree.leaves(updates), strict=True)))
+    assert updated[0].keys() == updated[1].keys()
+    for path, x in updated[0].items():
+        np.testing.assert_array_equal(x, updated[1][path])
+    assert perturb.chosen(tree, '.*') == perturb.chosen(nested, '.*')
+    matches = perturb.is_chosen(tree, '.*(0|kernel)$')
+    assert jax.tree.structure(matches) == jax.tree.structure(tree)
+
+
+@pytest.mark.parametrize('kind', perturb.WEIGHT_KINDS)
+@pytest.mark.parametrize('layers,frozen', [('.*', 'b/(kernel|x)'), ('b|c', '.*kernel')])
+def test_what_is_frozen_is_not_perturbed_and_the_rest_as_if_nothing_were(kind, layers, frozen):
+    params = {
+        'a': {'kernel': jnp.ones((3, 4))}, 'b': {'kernel': jnp.ones((3, 4)), 'bias': jnp.ones(4)},
+        'c.': {'kernel': jnp.ones(4)}, 'c': {'bias': jnp.ones(5)},
+    }  # fmt: skip
+    axes = jax.tree.map(lambda x: (None,) * x.ndim, params)
+    scale = {} if kind == 'ulp' else {'scale': 0.5}
+    p = Perturbation(
+        kind, layers=layers, count=50 if kind in ('ulp', 'unequal_init') else 1, **scale
+    )
+    perturbed = [
+        perturb_weights(p, params, KEY, jnp.int32(0), axes, frozen=each) for each in ('', frozen)
+    ]
+    held = perturb.is_chosen(params, frozen)
+    found = changed(params, perturbed[1])
+    assert found and not found.keys() & set(perturb.chosen(params, frozen))
+    if kind != 'one_weight':  # where another one takes its place
+        expected = jax.tree.map(lambda h, x, y: x if h else y, held, params, perturbed[0])
+        jax.tree.map(np.testing.assert_array_equal, perturbed[1], expected)
+
+
 @pytest.mark.parametrize(
     'p,message',
     [
@@ -380,6 +464,8 @@ def test_what_a_chain_cannot_do_is_refused(p, message):
         ('relative', {'kind': 'ulp', 'relative': True}), ('count', {'count': 0}),
         ('count', {'kind': 'gaussian', 'count': 2}),
         ('backward', {'kind': 'gradient', 'backward': True}),
+        ('strength', {'kind': 'disout', 'strength': -0.1}),
+        ('strength', {'kind': 'gaussian', 'strength': 0.05}),
     ],
 )  # fmt: skip
 def test_a_bad_field_is_named_with_its_value(field, arguments):

@@ -31,7 +31,8 @@ def default_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # initial weights, order of examples, augmentation, dropout
     config.num_steps = config_dict.placeholder(int)  # updates; or give num_epochs instead
-    config.num_epochs = config_dict.placeholder(int)  # an epoch: train examples // batch_size steps
+    # An epoch: train examples // batch_size steps, and one more with dataset.last_batch = 'keep'.
+    config.num_epochs = config_dict.placeholder(int)
     config.batch_size = 128
     config.log_every_steps = 100  # a 'train' line in metrics.jsonl
     config.eval_every_steps = 1000  # an 'eval' and a 'symmetry' line
@@ -62,6 +63,9 @@ def default_config() -> ConfigDict:
     config.dataset.train_split = 'train'
     config.dataset.eval_split = 'test'
     config.dataset.augment = False  # reflect-pad 4, crop, mirror
+    # The examples left at an epoch's end: 'drop' (all batches have one shape, compiled once, and
+    # BatchNorm always sees as many examples), or 'keep' as the paper's code, in a smaller batch.
+    config.dataset.last_batch = 'drop'
     config.dataset.cutout = 0  # side in pixels of a square set to the mean; 0: none
     config.dataset.mixup = 0.0  # alpha of the Beta distribution that mixes images; 0: none
     config.dataset.mean = ()  # per channel, in units of 0 to 255; (): measured on the train split
@@ -81,6 +85,7 @@ def default_config() -> ConfigDict:
     config.perturbation.relative = False  # of gaussian, activation: to what is perturbed
     config.perturbation.count = 1  # of ulp: how many weights; of unequal_init: unique features
     config.perturbation.backward = False  # of activation: perturb gradients instead
+    config.perturbation.strength = 0.01  # of disout: of its noise; see zerojax/perturb.py
 
     config.mesh = ConfigDict()
     config.mesh.data = 1  # devices that share each batch; see docs/cloud.md
@@ -96,7 +101,8 @@ def default_config() -> ConfigDict:
     config.optimizer.b1 = 0.9  # of radam
     config.optimizer.b2 = 0.999
     config.optimizer.weight_decay = 5e-4  # on every parameter; sgd: inside the gradient (L2)
-    config.optimizer.freeze = ''  # regular expression on paths: these stay as they start; '': none
+    # Regular expression on paths: these stay as they start, whatever perturbation.layers says.
+    config.optimizer.freeze = ''  # '': none
     config.optimizer.drop_at = ()  # fractions of the run at which the learning rate is multiplied
     config.optimizer.drop_factor = 0.2  # by this factor
 
@@ -178,6 +184,7 @@ RULES: dict[str, Rule] = {
         lambda value: all(type(step) is int and 0 <= step <= INT32 for step in value),
         'must be steps, whole numbers of at least 0',
     ),
+    'dataset.last_batch': _one_of(('drop', 'keep')),
     'dataset.cutout': _between(0, 4096),
     'dataset.mixup': (
         lambda value: value == 0 or 1e-3 <= value <= 1e3,
@@ -240,6 +247,11 @@ def check(config: ConfigDict) -> None:
         raise UsageError(
             f'pruning.fraction={config.pruning.fraction}: needs pruning.source, the workdir of a '
             'finished run'
+        )
+    if config.symmetry.project and config.pruning.source:
+        raise UsageError(
+            f'symmetry.project=True: would bring weights back that pruning.source='
+            f'{config.pruning.source!r} removes; leave out one of the two'
         )
     if len(config.dataset.mean) != len(config.dataset.std):
         raise UsageError(

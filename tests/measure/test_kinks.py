@@ -143,3 +143,25 @@ def test_constnet_starts_at_the_last_relus_kink_where_the_shortcut_reads_behind_
     else:
         assert set(found) == {'ConstNet/relu'}
         assert found['ConstNet/relu'] % 64 == 0  # all features of a position alike
+
+
+@pytest.mark.parametrize('epsilon', [0.0, 0.5, 1.0, 2.0, -1.0])
+@pytest.mark.parametrize(
+    'function,kink',
+    [
+        (nn.relu, 0), (nn.leaky_relu, 0), (jnp.abs, 0), (lambda x: jnp.minimum(x, 3.0), 3),
+        (lambda x: jnp.maximum(2.0, x), 2), (lambda x: jnp.where(x < 1.0, 0.0, x), 1),
+    ],
+)  # fmt: skip
+def test_crossings_are_those_of_the_moved_inputs_themselves(function, kink, epsilon):
+    """Before and after on whole numbers: not the same strict side; away from the kink is none."""
+    x, rate = (grid.ravel().astype(np.float32) for grid in np.mgrid[-6:7, -4:5])
+    before, after = x - kink, x - kink + epsilon * rate
+    expected = np.sum((rate != 0) & ((before == 0) | (before * after <= 0)))
+    (found,) = kinks.crossings(function, jnp.asarray(x), jnp.asarray(rate), epsilon).values()
+    assert int(found) == expected > 0
+
+
+def test_an_input_that_moves_away_from_the_kink_does_not_cross_it():
+    found = kinks.crossings(nn.relu, jnp.array([0.5, -0.5]), jnp.array([1.0, -1.0]), epsilon=1.0)
+    assert int(found['relu']) == 0

@@ -174,3 +174,19 @@ def test_a_symmetric_network_has_one_feature_a_layer_by_every_measure():
             assert float(value) == pytest.approx(1, abs=1e-6), layer
     kernels = metrics.kernels_by_layer(variables['params'])
     assert of_kernels['backward_correlation'].keys() == kernels.keys()
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+def test_a_row_that_is_not_finite_has_no_correlation_and_counts_as_1(value):
+    rows = RNG.normal(size=(5, 12)).astype(np.float32)
+    rows[1, 3] = value
+    actual = float(metrics.mean_correlation(jnp.asarray(rows)))
+    assert actual == pytest.approx(paper_correlation(rows.astype(float)), abs=1e-6)
+
+
+def test_no_kernel_of_a_layer_hides_another():
+    params = {'attention': {'query': np.ones((2, 3)), 'value': np.eye(3), 'bias': np.ones(3)}}
+    found = metrics.kernels_by_layer(params | {'dense': {'kernel': np.ones((4, 1))}})
+    assert {name: x.shape for name, x in found.items()} == {
+        'attention/query': (2, 3), 'attention/value': (3, 3), 'dense': (4, 1),
+    }  # fmt: skip

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from zerojax.config import default_config
+from zerojax.config import build_perturbation, default_config
 from zerojax.host.checkpoint import Checkpoints
 from zerojax.host.errors import RunError, UsageError
 from zerojax.host.hashes import params_sha256
-from zerojax.run import building, checks, program
+from zerojax.run import building, checks, data, program
 from zerojax.run.train import train
-from zerojax.step import precision
+from zerojax.step import make_train_step, precision
+from zerojax.step.batch import normalize
 
 
 def lines(workdir, kind):
@@ -249,7 +250,8 @@ def variables(workdir, step):
 
 
 def test_frozen_layers_stay_as_they_start_and_the_others_do_not(tiny_config, tmp_path):
-    tiny_config.perturbation.kind = 'none'
+    """Also where a perturbation of all weights comes again and again."""
+    tiny_config.perturbation.every = 3
     tiny_config.optimizer.freeze = r'block1_0|.*/shortcut'
     tiny_config.keep_checkpoints_at = (0,)
     train(tiny_config, tmp_path)
@@ -309,8 +311,26 @@ def test_a_lottery_ticket_is_pruned_rewound_and_stays_pruned(tiny_config, tmp_pa
         ({'dataset.cutout': 9}, r'dataset\.cutout=9: must be at most 8'),
         ({'keep_checkpoints_at': (4,)}, r'keep_checkpoints_at=\(4,\): must be at most num_steps=3'),
         (
-            {'symmetry.project': True, 'model.init': 'he'},
+            {'symmetry.project': True, 'model.init': 'he', 'pruning.source': ''},
             'project=True: constnet with init',
+        ),
+        ({'symmetry.project': True}, r'symmetry\.project=True: .* pruning\.source='),
+        (
+            {
+                'perturbation.kind': 'gaussian',
+                'perturbation.layers': 'stem',
+                'optimizer.freeze': 'stem|head',
+            },
+            r"optimizer\.freeze='stem\|head': freezes all that perturbation\.layers='stem' chooses",
+        ),
+        (
+            {
+                'perturbation.kind': 'ulp',
+                'perturbation.scale': 0.0,
+                'perturbation.layers': 'stem|.*conv',
+                'optimizer.freeze': 'stem',
+            },
+            r"perturbation\.layers='stem\|\.\*conv': chooses 0 weights that are not 0",
         ),
         (
             {
@@ -365,3 +385,51 @@ def test_a_run_of_another_precision_resumes_to_the_same_weights(tiny_config, tmp
     shutil.rmtree(tmp_path / 'checkpoints' / '12')
     assert train(tiny_config, tmp_path)['params_sha256'] == first['params_sha256']
     assert not jax.config.jax_enable_x64
+
+
+@pytest.mark.parametrize('steps_per_call', [1, 5])
+def test_a_kept_last_batch_is_an_update_of_its_own_size(toy_config, tmp_path, steps_per_call):
+    """Two epochs of 500, 500 and 437 digits, as a plain loop over them; and resumed before any."""
+    toy_config.num_steps, toy_config.num_epochs = None, 2
+    toy_config.batch_size, toy_config.dataset.last_batch = 500, 'keep'
+    toy_config.steps_per_call = steps_per_call
+    toy_config.log_every_steps = toy_config.checkpoint_every_steps = 1
+    programs = program.Programs()
+    summary = train(toy_config, tmp_path, programs)
+    assert summary['step'] == 6
+
+    dataset = programs.dataset(toy_config)
+    config = checks.resolve(toy_config, dataset)
+    built = programs.program(config, dataset, None)
+    scalars = building.scalars_of(config)
+    tx = building.build_optimizer(config, scalars)
+    train_step = make_train_step(
+        built.model, tx, perturbation=build_perturbation(config), orbits=built.orbits
+    )
+    state, losses, sizes = built.initial_state(scalars), [], []
+    for epoch in range(2):
+        order = np.asarray(built.source(state, scalars, epoch).order)
+        for start in range(0, len(order), 500):
+            chosen = order[start : start + 500]
+            images = normalize(dataset.train.images[chosen], *data.normalization(config))
+            state, metrics = train_step(
+                state, {'image': images, 'label': dataset.train.labels[chosen]}
+            )
+            losses.append(float(metrics['loss']))
+            sizes.append(len(chosen))
+    assert sizes == [500, 500, 437] * 2
+    recorded = [line['loss'] for line in lines(tmp_path, 'train')]
+    np.testing.assert_allclose(recorded, losses, rtol=1e-5)
+
+    for last_kept in (5, 4):  # before the small batch, and before what is before it
+        for number in range(last_kept, 7):
+            shutil.rmtree(tmp_path / 'checkpoints' / str(number), ignore_errors=True)
+        again = train(toy_config, tmp_path, programs)
+        assert again['params_sha256'] == summary['params_sha256']
+
+
+def test_a_last_batch_that_devices_cannot_share_is_refused(toy_config, tmp_path):
+    toy_config.dataset.last_batch, toy_config.mesh.data = 'keep', 2
+    with pytest.raises(UsageError, match=r"last_batch='keep': .* 29 examples, which mesh\.data=2"):
+        train(toy_config, tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()

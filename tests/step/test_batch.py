@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from zerojax.run.data import channel_statistics
 from zerojax.step import batch
@@ -14,6 +15,22 @@ def test_an_epoch_uses_every_example_at_most_once_and_drops_only_the_rest():
     assert len(np.unique(used)) == 100
     assert used.min() >= 0
     assert used.max() < 103
+
+
+@pytest.mark.parametrize('num_examples,batch_size', [(103, 10), (100, 10), (19, 10), (10, 10)])
+def test_an_epoch_that_keeps_its_last_batch_uses_every_example_exactly_once(
+    num_examples, batch_size
+):
+    order = batch.epoch_order(KEY, jnp.int32(3), num_examples)
+    steps = batch.steps_per_epoch(num_examples, batch_size, keep_last=True)
+    assert steps == np.ceil(num_examples / batch_size)
+    rest = batch.last_batch_indices(order, batch_size)
+    assert len(rest) == num_examples % batch_size
+    whole = [
+        batch.batch_indices(order, jnp.int32(2 * steps + n), batch_size, keep_last=True)
+        for n in range(num_examples // batch_size)
+    ]
+    np.testing.assert_array_equal(np.sort(np.concatenate([*whole, rest])), np.arange(num_examples))
 
 
 def test_the_order_depends_on_key_and_epoch_alone():

@@ -84,3 +84,58 @@ def test_a_frozen_parameter_is_moved_by_neither_gradient_nor_decay():
     assert (params['a']['kernel'] == 1).all()
     assert (params['a']['bias'] != 1).all()
     np.testing.assert_array_equal(params['a']['bias'], params['b']['kernel'])
+
+
+def authors_radam(w, gradients, lr, b1, b2, eps, decay):
+    """LiyuanLucasLiu/RAdam as the paper's code has it, line by line, in float64."""
+    w, m, v = np.float64(w), np.zeros(len(w)), np.zeros(len(w))
+    n_max = 2 / (1 - b2) - 1
+    for t, g in enumerate(gradients, start=1):
+        v = v * b2 + (1 - b2) * g * g
+        m = m * b1 + (1 - b1) * g
+        n = n_max - 2 * t * b2**t / (1 - b2**t)
+        w = w - decay * lr * w
+        if n >= 5:
+            root = (1 - b2**t) * (n - 4) / (n_max - 4) * (n - 2) / n * n_max / (n_max - 2)
+            w = w - lr * np.sqrt(root) / (1 - b1**t) * m / (np.sqrt(v) + eps)
+        else:
+            w = w - lr / (1 - b1**t) * m
+    return w
+
+
+@pytest.mark.parametrize('size', [0.0, 1e-12, 1e-10, 1e-8, 1e-6, 1e-3, 1.0])
+@pytest.mark.parametrize('b1,b2', [(0.9, 0.999), (0.9, 0.9999), (0.5, 0.9), (0.0, 0.8), (0.9, 0.5)])
+def test_radam_has_its_authors_epsilon_at_any_size_of_gradients(size, b1, b2):
+    """From weights of 0, so that no digit is lost; and it becomes adaptive at their update."""
+    lr, steps = 0.1, (4, 5, 6, 7, 30, 300)
+    gradients = size * np.random.default_rng(3).normal(1.0, 0.5, (max(steps), 3))
+    gradients = gradients.astype(np.float32)
+    tx = optimizer.radam(optax.constant_schedule(lr), b1, b2, 0.01)
+    w = {'w': jnp.zeros(3)}
+
+    @jax.jit
+    def update(w, state, g):
+        updates, state = tx.update({'w': g}, state, w)
+        return optax.apply_updates(w, updates), state
+
+    state = tx.init(w)
+    for t, g in enumerate(gradients, start=1):
+        w, state = update(w, state, g)
+        if t in steps:
+            expected = authors_radam(
+                np.zeros(3), gradients[:t].astype(float), lr, b1, b2, 1e-8, 0.01
+            )
+            np.testing.assert_allclose(w['w'], expected, rtol=2e-5)
+
+
+def test_radam_of_bfloat16_weights_keeps_its_moments_in_float32():
+    """In bfloat16, 0.999 v + 0.001 g² would be v."""
+    tx = optimizer.radam(optax.constant_schedule(0.1), 0.9, 0.999, 0.0)
+    w = {'w': jnp.ones(2, jnp.bfloat16)}
+    state = tx.init(w)
+    for _ in range(3):
+        updates, state = tx.update(w, state, w)
+    assert updates['w'].dtype == jnp.bfloat16
+    moments = [x for x in jax.tree.leaves(state) if x.shape == (2,)]
+    assert [x.dtype for x in moments] == [jnp.float32] * 2
+    np.testing.assert_allclose(moments[1], 1 - 0.999**3, rtol=1e-5)

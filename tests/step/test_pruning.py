@@ -66,3 +66,16 @@ def test_layers_are_chosen_by_pattern(params):
     assert [jax.tree_util.keystr(path) for path, share in shares.items() if share < 1] == [
         "['block2_0']['shortcut']['kernel']"
     ]
+
+
+def test_any_pytree_is_pruned_as_nested_dictionaries_of_its_paths():
+    x, y = RNG.normal(size=(2, 6, 5)).astype(np.float32)
+    tree, nested = {'conv': [x, (y,)]}, {'conv': {'0': x, '1': {'0': y}}}
+    for prune in (
+        lambda params: pruning.magnitude_mask(params, 0.4, 'conv/1'),
+        lambda params: pruning.random_mask(params, 0.4, jax.random.key(0), 'conv'),
+    ):
+        mask = prune(tree)
+        assert jax.tree.structure(mask) == jax.tree.structure(tree)
+        for ours, theirs in zip(jax.tree.leaves(mask), jax.tree.leaves(prune(nested)), strict=True):
+            np.testing.assert_array_equal(ours, theirs)

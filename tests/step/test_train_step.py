@@ -209,3 +209,31 @@ def test_a_pruned_weight_is_zero_in_the_gradient_too_whatever_the_perturbation()
 
     assert loss(mask, 0.0) == loss(mask, 10.0)
     assert loss(None, 0.0) != loss(None, 10.0)
+
+
+@pytest.mark.parametrize('kept', ['all', 'all but one weight'])
+def test_a_projection_never_brings_pruned_weights_back(kept):
+    """It is refused where there is a mask, whatever is in it."""
+    _, _, state, train_step = setup(project=True, **TOY)
+    mask = jax.tree.map(lambda x: jnp.ones(x.shape, bool), state.params)
+    if kept != 'all':
+        mask['hidden']['kernel'] = mask['hidden']['kernel'].at[3, 5].set(False)
+    with pytest.raises(ValueError, match='project=True: the state has a mask'):
+        train_step(dataclasses.replace(state, mask=mask), batches(1)[0])
+
+
+@pytest.mark.parametrize('kind', perturb.WEIGHT_KINDS)
+def test_a_frozen_parameter_is_moved_by_no_perturbation_of_weights(kind):
+    """One that chooses it as well perturbs the others alone."""
+    model, _, state, _ = setup(**TOY)
+    state.params['hidden']['bias'] += 1.0
+    scale = {} if kind == 'ulp' else {'scale': 0.5}
+    tx = optimizer.freeze(optimizer.sgd(optax.constant_schedule(0.0), 0.9, False, 0.1), 'hidden/k')
+    perturbation = perturb.Perturbation(kind, **scale, every=1 if kind != 'unequal_init' else None)
+    train_step = step.make_train_step(model, tx, perturbation=perturbation, frozen='hidden/k')
+    before = jax.tree.map(np.asarray, state.params)
+    state = dataclasses.replace(state, opt_state=tx.init(state.params))
+    state, _ = run(train_step, state, 3)
+    moved = jax.tree.map(lambda x, y: bool((x != y).any()), before, state.params)
+    assert not moved['hidden']['kernel']
+    assert moved['hidden']['bias']

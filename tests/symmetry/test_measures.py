@@ -171,3 +171,58 @@ def test_distance_is_that_to_the_nearest_symmetric_tree(tree):
                 members = x[index == each]
                 square += ((members - members.mean()) ** 2).sum()
         assert float(measured[layer]) == pytest.approx(np.sqrt(square), rel=1e-13)
+
+
+@pytest.mark.parametrize(
+    'arrays,expected',
+    [
+        # (array, names of its axes): features are those of the largest array's last named axis
+        ([(np.ones((3, 5)), ('a', 'b')), (np.arange(3.0), ('a',))], 1),
+        ([(np.arange(3.0), ('a',)), (np.ones((3, 5)), ('a', 'b'))], 1),
+        ([(np.ones((3, 5)), ('a', 'b')), (np.arange(5.0), ('b',))], 5),
+        ([(np.arange(15.0).reshape(3, 5), ('a', 'b')), (np.ones(3), ('a',))], 5),
+        ([(np.ones((3, 5)), ('a', None)), (np.arange(3.0), ('a',)), (np.arange(5.0), ('b',))], 3),
+        ([(np.ones((2, 3, 5)), (None, None, None)), (np.arange(4.0), ('a',))], 4),
+        ([(np.ones((3, 5)), ('a', 'b')), (np.arange(15.0).reshape(5, 3), ('b', 'a'))], 1),
+    ],
+)
+def test_features_of_a_layer_are_those_of_one_axis_name(arrays, expected):
+    """Whatever the order of the arrays; slices of others do not mix with theirs."""
+    names = 'pqr'[: len(arrays)]
+    tree = {'layer': {name: x for name, (x, _) in zip(names, arrays, strict=True)}}
+    axes = {'layer': {name: each for name, (_, each) in zip(names, arrays, strict=True)}}
+    assert symmetry.unique_features(tree, axes) == {'layer': expected}
+    turned = {'layer': dict(reversed(axes['layer'].items()))}
+    assert symmetry.unique_features(tree, turned) == {'layer': expected}
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite_are_equal_if_their_bits_are(dtype, value):
+    """Equal ones are no asymmetry, one alone is an infinite one; no measure is NaN."""
+    tree = symmetric_tree(dtype)
+    distance = jax.jit(lambda tree: symmetry.distance(tree, AXES))
+    for name in ('scale', 'bias'):
+        tree['bn'][name] = np.full_like(tree['bn'][name], value)
+    assert measured(tree) == (True, {'conv': 0.0, 'bn': 0.0, 'head': 0.0})
+    assert distance(tree) == {'conv': 0.0, 'bn': 0.0, 'head': 0.0}
+    assert symmetry.unique_features(tree, AXES) == {'conv': 1, 'bn': 1, 'head': 1}
+
+    for index in (0, 3):
+        tree = trees.changed(symmetric_tree(dtype), 'bn', 'scale', index, lambda _: value)
+        symmetric, asymmetry = measured(tree)
+        assert not symmetric
+        assert asymmetry == {'conv': 0.0, 'bn': np.inf, 'head': 0.0}
+        assert distance(tree) == {'conv': 0.0, 'bn': np.inf, 'head': 0.0}
+        assert symmetry.unique_features(tree, AXES) == {'conv': 1, 'bn': 2, 'head': 1}
+        assert np.isnan(np.asarray(symmetry.transverse(tree, AXES)['bn']['scale'], float)).all()
+
+
+def test_a_weight_that_is_not_finite_hides_no_asymmetry_of_another_layer():
+    """It is left out of the size that deviations are relative to."""
+    noisy = trees.changed(symmetric_tree(), 'head', 'kernel', (3, 2), lambda x: x + 0.5)
+    _, expected = measured(noisy)
+    for value in (np.nan, np.inf):
+        _, asymmetry = measured(trees.changed(noisy, 'bn', 'bias', 2, lambda _, x=value: x))
+        assert asymmetry['head'] == expected['head'] > 0
+        assert asymmetry['bn'] == np.inf

@@ -216,7 +216,11 @@ def loss_with_own_statistics(run: SavedRun, variables: Variables, dataset: data.
 
 
 def compare_features(a: SavedRun, b: SavedRun, dataset: data.Dataset) -> dict[str, float | None]:
-    """Linear CKA of each layer's features on the first held-out images."""
+    """Linear CKA of each layer's features on the first held-out images.
+
+    By unbiased estimates, as the features of a convolution outnumber the images: the usual ones
+    would say of any two networks that they are alike.
+    """
     images = dataset.eval.images[:CKA_EXAMPLES]
     ours, theirs = (
         jax.device_get(
@@ -227,7 +231,7 @@ def compare_features(a: SavedRun, b: SavedRun, dataset: data.Dataset) -> dict[st
         for run in (a, b)
     )
     layers = network(a, dataset.num_classes).layers()
-    return {layer: finite(similarity.cka(ours[layer], theirs[layer])) for layer in layers}
+    return {layer: finite(similarity.debiased_cka(ours[layer], theirs[layer])) for layer in layers}
 
 
 def differing_fields(a: ConfigDict, b: ConfigDict) -> Record:

@@ -51,7 +51,7 @@ def _pair_rows(pair: Record) -> Iterator[tuple[str, str]]:
             '(statistics of BatchNorm recomputed on training data at each point)',
         )
         values = (f'{k} {"none" if x is None else f"{x:.3f}"}' for k, x in pair['cka'].items())
-        yield 'linear CKA', ', '.join(values)
+        yield 'linear CKA', f'(debiased) {", ".join(values)}'
     else:
         yield 'network', 'not the same, so weights, line and features are not compared'
     yield 'disagreement', f'{pair["disagreement"]:.2%} of held-out examples'

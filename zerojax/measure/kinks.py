@@ -56,15 +56,19 @@ def crossings(
 ) -> dict[str, jax.Array]:
     """Number of inputs of each kink that `params + epsilon · tangent` moves over it, int32 [].
 
-    To first order in epsilon: inputs whose margin is at most epsilon times its derivative. With
-    epsilon 0, these are the inputs at the kink that the tangent moves at all: a ReLU's input that
-    is 0 whatever the weights are does not count.
+    To first order in epsilon: inputs whose margin m becomes m + epsilon · m', its derivative along
+    the tangent, and with it 0 or of the other sign; inputs that move away from the kink do not
+    count. Those that begin at the kink count if they are moved at all, also with epsilon 0: a
+    ReLU's input that is 0 whatever the weights are does not. A negative epsilon moves backwards.
     """
     at, rates = jax.jvp(lambda params: margins(function, params), (params,), (tangent,))
-    return {
-        name: jnp.sum((jnp.abs(at[name]) <= epsilon * jnp.abs(rate)) & (rate != 0), dtype=jnp.int32)
-        for name, rate in rates.items()
-    }
+
+    def crosses(margin: jax.Array, rate: jax.Array) -> jax.Array:
+        way = jnp.asarray(epsilon, rate.dtype) * rate
+        towards = jnp.sign(margin) * jnp.sign(way) <= 0
+        return (jnp.abs(margin) <= jnp.abs(way)) & towards & (rate != 0)
+
+    return {name: jnp.sum(crosses(at[name], rate), dtype=jnp.int32) for name, rate in rates.items()}
 
 
 def _evaluate(

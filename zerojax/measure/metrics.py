@@ -7,6 +7,7 @@ correlation.py and remodel.py); `layer_outputs` gets the activations and gradien
 model.
 """
 
+import collections
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -24,16 +25,17 @@ Tree = Any
 def mean_correlation(rows: jax.Array) -> jax.Array:
     """Mean Pearson correlation between two different rows of [n, m]: a float [] from -1 to 1.
 
-    A row of equal numbers has no correlation (NumPy's `corrcoef` gives NaN); it counts as 1 with
-    each other row, as in the paper's code. Costs n·m operations: the sum over pairs of unit vectors
-    is the squared norm of their sum, less n. Raises ValueError if there are less than two rows.
+    A row of equal numbers has no correlation (NumPy's `corrcoef` gives NaN), nor has one that holds
+    a NaN or an infinity; it counts as 1 with each other row, as in the paper's code. Costs n·m
+    operations: the sum over pairs of unit vectors is the squared norm of their sum, less n. Raises
+    ValueError if there are less than two rows.
     """
     n = len(rows)
     if n < 2:
         raise ValueError(f'a correlation between rows needs two of them, not shape {rows.shape}')
     rows = rows.astype(at_least_float32(rows.dtype))
     span = jnp.max(rows, axis=1, keepdims=True) - jnp.min(rows, axis=1, keepdims=True)
-    varies = span > 0
+    varies = (span > 0) & jnp.isfinite(span)
     centred = (rows - jnp.mean(rows, axis=1, keepdims=True)) / jnp.where(varies, span, 1)
     norm = jnp.sqrt(jnp.sum(centred**2, axis=1, keepdims=True))  # of order 1: nothing underflows
     unit = jnp.where(varies, centred / jnp.where(varies, norm, 1), 0)
@@ -66,9 +68,16 @@ def diversity(backward_correlations: jax.Array) -> jax.Array:
 
 
 def kernels_by_layer(params: Tree) -> dict[str, jax.Array]:
-    """Every weight array with at least two axes, by the path of its layer ('block1_0/conv')."""
-    flat = flatten_dict(params)
-    return {'/'.join(path[:-1]): x for path, x in flat.items() if x.ndim >= 2}
+    """Every weight array with at least two axes, by the path of its layer ('block1_0/conv').
+
+    Where a layer holds several, by the path of the array ('attention/query_kernel'). `params` are
+    nested dictionaries.
+    """
+    kernels = {path: x for path, x in flatten_dict(params).items() if x.ndim >= 2}
+    in_layer = collections.Counter(path[:-1] for path in kernels)
+    return {
+        '/'.join(path[:-1] if in_layer[path[:-1]] == 1 else path): x for path, x in kernels.items()
+    }
 
 
 def feature_variance(t: jax.Array) -> jax.Array:
@@ -100,7 +109,7 @@ def effective_width(t: jax.Array) -> jax.Array:
 def count_unique_features(t: jax.Array) -> jax.Array:
     """Number of features of [..., C] that differ from all features before them, int32 [].
 
-    Exact: bits are compared, 0.0 equals -0.0.
+    Exact: bits are compared, 0.0 equals -0.0, and a NaN or an infinity what has its bits.
     """
     bits = bit_patterns(jnp.asarray(t).reshape(-1, t.shape[-1]))
 

@@ -46,7 +46,8 @@ class NormalizedBlock(nn.Module):
 class FixupBlock(nn.Module):
     """The same without BatchNorm: a scalar bias before each ReLU and convolution, one multiplier.
 
-    The first convolution starts small (`initializers.fixup`), the second at 0.
+    The first convolution starts small (`initializers.fixup`), the second at 0. The shortcut reads
+    what the first convolution reads, with the same bias before it, as in the authors' code.
     """
 
     place: Place
@@ -61,9 +62,9 @@ class FixupBlock(nn.Module):
             return Scalar(0.0, 'bias', name=name)().astype(x_BxHxWxC.dtype)
 
         features, stride = self.place.features, self.place.stride
-        y = nn.relu(x_BxHxWxC + bias('bias1a'))
+        y = nn.relu(x_BxHxWxC + bias('bias1a')) + bias('bias1b')
         first_init = initializers.fixup(self.num_branches)
-        out = self.conv(self.inside, 3, stride, first_init, name='conv1')(y + bias('bias1b'))
+        out = self.conv(self.inside, 3, stride, first_init, name='conv1')(y)
         out = self.dropout(nn.relu(out + bias('bias2a')))
         out = self.conv(features, 3, 1, zeros, name='conv2')(out + bias('bias2b'))
         multiplier = Scalar(1.0, 'scale', name='multiplier')().astype(out.dtype)
@@ -78,6 +79,12 @@ class WideResNet(StagedNetwork):
 
     `weight_init` 'he' is the network with BatchNorm, 'fixup' the one without. Features between the
     two convolutions of a block have the axis name 'BLOCK/conv1'.
+
+    Of 'fixup', rule 3 is a scalar multiplier in every branch, and a scalar bias before each
+    convolution, ReLU and linear layer; as in the authors' code (github.com/hongyi-zhang/Fixup) the
+    stem, which reads the images, has none before it. They train these scalars at a tenth of the
+    learning rate; here all parameters have one. The head's bias is added before the mean over
+    space instead of after it, which is the same number.
     """
 
     layers_per_block = 2
@@ -94,10 +101,11 @@ class WideResNet(StagedNetwork):
             else:
                 x = NormalizedBlock(place, inside, conv, norm, dropout, name=place.name)(x)
         if self.weight_init == 'fixup':
-            x = x + Scalar(0.0, 'bias', name='bias')().astype(x.dtype)
+            x = nn.relu(x + Scalar(0.0, 'bias', name='bias')().astype(x.dtype))
+            x = x + Scalar(0.0, 'bias', name='head_bias')().astype(x.dtype)
         else:
-            x = norm(name='bn')(x)
-        return head(nn.relu(x), self.num_classes, self.precision, self.dtype)
+            x = nn.relu(norm(name='bn')(x))
+        return head(x, self.num_classes, self.precision, self.dtype)
 
     def block_axes(self, place: Place) -> dict[str, Any]:
         """As `StagedNetwork.block_axes`."""
@@ -114,7 +122,7 @@ class WideResNet(StagedNetwork):
     def last_axes(self, stream: str) -> dict[str, Any]:
         """As `StagedNetwork.last_axes`."""
         if self.weight_init == 'fixup':
-            return {'bias': {'bias': (None,)}}
+            return {'bias': {'bias': (None,)}, 'head_bias': {'bias': (None,)}}
         return {'bn': norm_axes(stream)}
 
 

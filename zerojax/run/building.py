@@ -148,15 +148,33 @@ def build_mesh(config: ConfigDict, runs: int | None) -> Mesh | None:
     return Mesh(devices.reshape(along_run, along_data), ('run', 'data'))
 
 
+def keeps_last(config: ConfigDict) -> bool:
+    """Whether an epoch ends with a smaller batch, of the examples that are left."""
+    return config.dataset.last_batch == 'keep'
+
+
+def steps_per_epoch(config: ConfigDict, num_examples: int) -> int:
+    """Updates in an epoch of so many examples."""
+    return batch.steps_per_epoch(num_examples, config.batch_size, keeps_last(config))
+
+
 def make_batch_function(
-    config: ConfigDict, num_classes: int, mesh: Mesh | None = None
+    config: ConfigDict, num_classes: int, mesh: Mesh | None = None, *, last: bool = False
 ) -> Callable[[TrainState, Source], Batch]:
-    """A pure (state, source) -> batch of the state's step, spread over the mesh's axis 'data'."""
+    """A pure (state, source) -> batch of the state's step, spread over the mesh's axis 'data'.
+
+    If `last`, of a step that ends an epoch with the examples that are left: a shape of its own.
+    """
     mean, std = normalization(config)
     settings = config.dataset
 
     def make_batch(state: TrainState, source: Source) -> Batch:
-        indices = batch.batch_indices(source.order, state.step, config.batch_size)
+        if last:
+            indices = batch.last_batch_indices(source.order, config.batch_size)
+        else:
+            indices = batch.batch_indices(
+                source.order, state.step, config.batch_size, keeps_last(config)
+            )
         if mesh is not None:
             indices = jax.lax.with_sharding_constraint(indices, NamedSharding(mesh, P('data')))
         images = source.examples['image'][indices]

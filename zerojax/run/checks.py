@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from zerojax import config as config_lib
 from zerojax import perturb, symmetry
 from zerojax.host.errors import UsageError
-from zerojax.run.building import Scalars, new_state, scalars_of
+from zerojax.run.building import Scalars, keeps_last, new_state, scalars_of, steps_per_epoch
 from zerojax.run.data import Dataset, channel_statistics
 from zerojax.step import TrainState, determinism
 from zerojax.step.batch import PAD
@@ -35,6 +35,11 @@ def resolve(config: ConfigDict, dataset: Dataset) -> ConfigDict:
             f'batch_size={config.batch_size}: must be at most {num_examples}, '
             'the number of training examples'
         )
+    if keeps_last(config) and num_examples % config.batch_size % config.mesh.data:
+        raise UsageError(
+            f"dataset.last_batch='keep': the last batch has {num_examples % config.batch_size} "
+            f"examples, which mesh.data={config.mesh.data} does not divide evenly; must be 'drop'"
+        )
     if config.dataset.augment and min(height, width) <= PAD:
         raise UsageError(
             f'dataset.augment=True: images of {height}x{width} are too small to be padded by '
@@ -53,7 +58,7 @@ def resolve(config: ConfigDict, dataset: Dataset) -> ConfigDict:
         )
     resolved = ConfigDict(config.to_dict())
     if resolved.num_steps is None:
-        resolved.num_steps = config.num_epochs * (num_examples // config.batch_size)
+        resolved.num_steps = config.num_epochs * steps_per_epoch(config, num_examples)
         if resolved.num_steps > config_lib.INT32:
             raise UsageError(
                 f'num_epochs={config.num_epochs}: are {resolved.num_steps} steps; must be at most '
@@ -129,6 +134,13 @@ def check_layers(config: ConfigDict, params: Tree, feature_axes: Tree) -> None:
                 f'{field}={pattern!r}: matches no parameter; '
                 f'they are {", ".join(perturb.chosen(params, ".*"))}'
             )
+    layers, frozen = config.perturbation.layers, config.optimizer.freeze
+    perturbs_weights = config.perturbation.kind in perturb.WEIGHT_KINDS
+    if perturbs_weights and not perturb.chosen_but(params, layers, frozen):
+        raise UsageError(
+            f'optimizer.freeze={frozen!r}: freezes all that perturbation.layers={layers!r} '
+            'chooses, and what is frozen is not perturbed; choose others in one of the two'
+        )
 
 
 def check_initial_weights(
@@ -151,7 +163,8 @@ def check_initial_weights(
             'start with equal features; must be False'
         )
     flat = flatten_dict(params, sep='/')
-    nonzero = sum(int(jnp.sum(flat[path] != 0)) for path in perturb.chosen(params, p.layers))
+    paths = perturb.chosen_but(params, p.layers, config.optimizer.freeze)
+    nonzero = sum(int(jnp.sum(flat[path] != 0)) for path in paths)
     if scales_weights and nonzero < p.count:
         raise UsageError(
             f'perturbation.layers={p.layers!r}: chooses {nonzero} weights that are not 0 at step 0;'

@@ -28,8 +28,10 @@ from zerojax.run.building import (
     build_mesh,
     build_optimizer,
     build_orbits,
+    keeps_last,
     make_batch_function,
     new_state,
+    steps_per_epoch,
     structure,
 )
 from zerojax.run.checks import check_memory
@@ -55,6 +57,8 @@ class Program:
 
     Attributes:
         everywhere: sharding of what has a copy on each device; None on a single one.
+        steps_per_epoch: updates in an epoch.
+        last_is_smaller: whether the last update of an epoch has a smaller batch than the others.
 
     On several devices, see `build_mesh`, arrays of batched runs are spread along the mesh's axis
     'run', every batch along its axis 'data'; means over a batch, those of BatchNorm too, are over
@@ -78,8 +82,12 @@ class Program:
         self._for_each_run = None if self.mesh is None else NamedSharding(self.mesh, P('run'))
         self.everywhere = None if self.mesh is None else NamedSharding(self.mesh, P())
         self.make_batch = make_batch_function(config, dataset.num_classes, self.mesh)
+        self.steps_per_epoch = steps_per_epoch(config, len(dataset.train.labels))
+        rest = len(dataset.train.labels) % config.batch_size
+        self.last_is_smaller = keeps_last(config) and rest > 0
         self._jit = functools.partial(jit_in_mode, mode=config.determinism.mode)
         self._executable: Any = None
+        self._last_executable: Any = None
 
     @functools.cached_property
     def examples(self) -> Batch:
@@ -106,6 +114,16 @@ class Program:
 
     def one_step(self, state: TrainState, source: Source) -> tuple[TrainState, Metrics]:
         """A single run's train step, pure."""
+        return self._step(state, source, self.make_batch(state, source))
+
+    def one_last_step(self, state: TrainState, source: Source) -> tuple[TrainState, Metrics]:
+        """The same for the update that ends an epoch, where `last_is_smaller`."""
+        make_batch = make_batch_function(
+            self.config, self.dataset.num_classes, self.mesh, last=True
+        )
+        return self._step(state, source, make_batch(state, source))
+
+    def _step(self, state: TrainState, source: Source, data: Batch) -> tuple[TrainState, Metrics]:
         train_step = train_step_function(
             self.model,
             build_optimizer(self.config, source.scalars),
@@ -114,19 +132,23 @@ class Program:
             ),
             project=self.config.symmetry.project,
             orbits=self.orbits,
+            frozen=self.config.optimizer.freeze,
         )
-        return train_step(state, self.make_batch(state, source))
+        return train_step(state, data)
 
     @functools.cached_property
     def train_steps(self) -> Any:
         """Jitted (state, source, count) -> (state, last metrics), see `step.make_train_steps`."""
+        return self._make_train_steps(self.one_step, self.config.steps_per_call)
+
+    def _make_train_steps(self, one_step: Any, steps_per_call: int) -> Any:
         whole: Any = None  # all runs read the same examples
         each: Any = 0
         axes = self._state_axes(), Source(whole, order=each, scalars=each)
         return make_train_steps(
-            self._for_all_runs(self.one_step, axes, (self._state_axes(), 0)),
+            self._for_all_runs(one_step, axes, (self._state_axes(), 0)),
             determinism=self.config.determinism.mode,
-            steps_per_call=self.config.steps_per_call,
+            steps_per_call=steps_per_call,
             out_shardings=(self._state_shardings(), self._run_sharding()),
         )
 
@@ -164,6 +186,14 @@ class Program:
         if self._executable is None:
             self._executable = self.train_steps.lower(state, source, np.int32(1)).compile()
         return self._executable
+
+    def compile_last_step(self, state: TrainState, source: Source) -> Any:
+        """The executable of the update that ends an epoch, where `last_is_smaller`; called as
+        `train_steps`, with a count of 1."""
+        if self._last_executable is None:
+            last_step = self._make_train_steps(self.one_last_step, steps_per_call=1)
+            self._last_executable = last_step.lower(state, source, np.int32(1)).compile()
+        return self._last_executable
 
     def unique_features(self, params: Any) -> Any:
         """Number of unique features of each layer, for each run."""

@@ -122,9 +122,11 @@ def _loop(
         Stopped: as `train`.
     """
     config = program.config
-    steps_per_epoch = len(program.dataset.train.labels) // config.batch_size
+    steps_per_epoch = program.steps_per_epoch
     source = program.source(state, scalars, step // steps_per_epoch)
     train_steps = program.compile_train_steps(state, source)
+    if program.last_is_smaller:
+        last_step = program.compile_last_step(state, source)
     if recorders.lack_audit():
         recorders.add_audit(audit_start(program, state, source, progress))
     if step == 0:
@@ -137,9 +139,12 @@ def _loop(
     while step < config.num_steps and not stopping and not recorders.all_failed():
         if step % steps_per_epoch == 0:
             source = program.source(state, scalars, step // steps_per_epoch)
-        count = steps_to_next_due(step, config, steps_per_epoch)
+        steps, count = train_steps, steps_to_next_due(step, config, steps_per_epoch)
+        if program.last_is_smaller:
+            before_last = steps_per_epoch - 1 - step % steps_per_epoch
+            steps, count = (steps, min(count, before_last)) if before_last else (last_step, 1)
         jax.block_until_ready(metrics)  # of the call before, so that a signal is answered soon
-        state, metrics = train_steps(state, source, program.place(np.int32(count)))
+        state, metrics = steps(state, source, program.place(np.int32(count)))
         step += count
         progress.advance(count * recorders.number)
 

@@ -20,13 +20,26 @@ def epoch_order(key: jax.Array, epoch: jax.Array, num_examples: int) -> jax.Arra
     return jax.random.permutation(jax.random.fold_in(key, epoch), num_examples)
 
 
-def batch_indices(order_N: jax.Array, step: jax.Array, batch_size: int) -> jax.Array:
+def steps_per_epoch(num_examples: int, batch_size: int, keep_last: bool = False) -> int:
+    """Updates in an epoch: N // B, or, if the last N % B examples are kept, one more for them."""
+    return num_examples // batch_size + (keep_last and num_examples % batch_size > 0)
+
+
+def batch_indices(
+    order_N: jax.Array, step: jax.Array, batch_size: int, keep_last: bool = False
+) -> jax.Array:
     """Indices of the examples of update `step` (from 0) in its epoch's order, int32 [B].
 
-    An epoch has N // B steps; the N % B examples at the end of its order are not used in it.
+    The N % B examples at the end of the order are not among them: if they are kept, they are those
+    of the epoch's last update, see `last_batch_indices`.
     """
-    position = step % (len(order_N) // batch_size)
+    position = step % steps_per_epoch(len(order_N), batch_size, keep_last)
     return jax.lax.dynamic_slice_in_dim(order_N, position * batch_size, batch_size)
+
+
+def last_batch_indices(order_N: jax.Array, batch_size: int) -> jax.Array:
+    """Indices of the examples that are left at the end of an epoch's order, int32 [N % B]."""
+    return order_N[len(order_N) - len(order_N) % batch_size :]
 
 
 def augment(key: jax.Array, images_BxHxWxC: jax.Array) -> jax.Array:

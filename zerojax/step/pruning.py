@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from zerojax import perturb
 
@@ -32,6 +31,7 @@ def magnitude_mask(params: Tree, fraction: float, layers: str = LAYERS) -> Tree:
 
     `layers` is a regular expression on '/'-joined paths, matched from the start; arrays that it
     does not choose are kept whole. `fraction` is in [0, 1); of n weights int(fraction · n) go.
+    `params` are any pytree, with paths as in `perturb.paths_of`.
     """
 
     def mask(x: jax.Array, chosen: bool) -> jax.Array:
@@ -42,9 +42,9 @@ def magnitude_mask(params: Tree, fraction: float, layers: str = LAYERS) -> Tree:
 
 def random_mask(params: Tree, fraction: float, key: jax.Array, layers: str = LAYERS) -> Tree:
     """As `magnitude_mask`: as many weights of each chosen array go, but chance says which."""
-    flat = flatten_dict(params, sep='/')
-    noise = {
-        path: jax.random.uniform(jax.random.fold_in(key, i), flat[path].shape)
-        for i, path in enumerate(sorted(flat))
-    }
-    return magnitude_mask(unflatten_dict(noise, sep='/'), fraction, layers)
+    leaves, definition = jax.tree.flatten(params)
+    paths = perturb.paths_of(params)
+    noise = list(leaves)
+    for number, i in enumerate(sorted(range(len(leaves)), key=paths.__getitem__)):
+        noise[i] = jax.random.uniform(jax.random.fold_in(key, number), leaves[i].shape)
+    return magnitude_mask(jax.tree.unflatten(definition, noise), fraction, layers)

@@ -41,14 +41,25 @@ def train_step_function(
     perturbation: perturb.Perturbation = perturb.NONE,
     project: bool = False,
     orbits: symmetry.Orbits | None = None,
+    frozen: str = '',
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The train step as a pure function that is not jitted; see `make_train_step`."""
     feature_axes = model.feature_axes()
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        if project and state.mask is not None:
+            raise ValueError(
+                'project=True: the state has a mask, and features of one orbit with different '
+                'weights pruned cannot be equal; must be False'
+            )
         noise_key = state.keys['perturbation']
         params = perturb.perturb_weights(
-            perturbation, state.params, noise_key, state.step, feature_axes['params']
+            perturbation,
+            state.params,
+            noise_key,
+            state.step,
+            feature_axes['params'],
+            frozen=frozen,
         )
         params = _pruned(params, state.mask)
         symmetric = symmetry.is_symmetric(params, feature_axes['params'], orbits)
@@ -115,6 +126,7 @@ def make_train_step(
     perturbation: perturb.Perturbation = perturb.NONE,
     project: bool = False,
     orbits: symmetry.Orbits | None = None,
+    frozen: str = '',
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A jitted train step (state, batch) -> (state, metrics); the state's buffers are donated.
 
@@ -126,16 +138,19 @@ def make_train_step(
         project: whether the new weights and statistics are projected onto the symmetric subspace,
             so that no asymmetry outlives a step, whatever the kernels do.
         orbits: which features are meant to be equal, by default all of a layer.
+        frozen: regular expression on paths of the parameters that `tx` freezes
+            (`zerojax.step.optimizer.freeze`): a perturbation of weights leaves them alone as well.
 
     The batch is {'image': float [B, H, W, C], 'label': int32 [B] or probabilities [B, N]}; the
     metrics are scalars of this batch: 'loss' (mean cross-entropy, nats), 'accuracy' and 'grad_norm'
     (L2, without weight decay).
 
     Raises:
-        ValueError: the mode cannot be granted on this backend.
+        ValueError: the mode cannot be granted on this backend. When it is first called: `project`
+            with a state that has a mask, since the projection would bring pruned weights back.
     """
     train_step = train_step_function(
-        model, tx, perturbation=perturbation, project=project, orbits=orbits
+        model, tx, perturbation=perturbation, project=project, orbits=orbits, frozen=frozen
     )
     return jit_in_mode(train_step, determinism, donate_argnums=0)
 

@@ -2,6 +2,10 @@
 
 Deviations are taken from the orbit's first feature and not from its mean, because the mean of
 identical numbers is rounded and need not be that number.
+
+Equal means equal in all bits, but for 0.0 and -0.0, which are equal. So infinite weights of one
+sign are equal, and so are NaNs of the same bits. A weight that is not finite and differs from what
+it must equal is infinitely far from it.
 """
 
 import functools
@@ -45,8 +49,17 @@ def _is_first(x: jax.Array, to_first: Any) -> jax.Array:
     return jnp.all(bits == to_first(bits))
 
 
+def _deviation_size(x: jax.Array, to_first: Any) -> jax.Array:
+    """|x - its first|, infinite where that is no number because one of the two is not finite."""
+    size = jnp.abs(x - to_first(x))
+    bits = bit_patterns(jnp.asarray(x))
+    lost = jnp.where(bits == to_first(bits), jnp.zeros_like(size), jnp.full_like(size, jnp.inf))
+    return jnp.where(jnp.isnan(size), lost, size)
+
+
 def is_symmetric(tree: Tree, feature_axes: Tree, orbits: Orbits | None = None) -> jax.Array:
-    """Whether all features of every orbit are equal: bool []. Exact; 0.0 equals -0.0.
+    """Whether all features of every orbit are equal: bool []. Exact: bits are compared, 0.0 equals
+    -0.0, and a NaN or an infinity what has its bits.
 
     Raises:
         ValueError: tree and declaration do not fit each other.
@@ -66,11 +79,13 @@ def asymmetry(
 
     A feature is all that its axis name indexes: weights into it, its normalisation, weights out of
     it. So a deviation in any array is taken relative to the largest of all weights indexed by that
-    name: max |w - w[first feature]| / max |w'| with w' running over all arrays with that name.
-    (Relative to its own array alone, any noise on weights that start at 0 would count as 1.) A
-    layer is the module that holds the arrays ('block1_0/conv'); its value is the largest over its
-    arrays and their named axes: a float [] between 0 and 2 in the arrays' dtype, exactly 0 if and
-    only if all features are equal.
+    name: max |w - w[first feature]| / max |w'| with w' running over all finite weights of all
+    arrays with that name. (Relative to its own array alone, any noise on weights that start at 0
+    would count as 1.) A layer is the module that holds the arrays ('block1_0/conv'); its value is
+    the largest over its arrays and their named axes: a float [] in the arrays' dtype, exactly 0 if
+    and only if all features are equal, at most 2 of finite weights, and infinity where a weight
+    that is not finite differs from its orbit's first, or a difference is too large for the dtype.
+    Never NaN.
 
     With `relative_to` the w' are those of another tree like it: if `tree` is a direction in which
     symmetric weights `relative_to` are moved, this is the asymmetry gained per unit moved.
@@ -82,7 +97,8 @@ def asymmetry(
     scales: dict[str, jax.Array] = {}
     for _, x, names in leaves if relative_to is None else named_axes(relative_to, feature_axes):
         for name in names.values():
-            largest = jnp.max(jnp.abs(x))
+            size = jnp.abs(x)
+            largest = jnp.max(jnp.where(jnp.isfinite(size), size, jnp.zeros_like(size)))
             scales[name] = jnp.maximum(scales[name], largest) if name in scales else largest
 
     layers: dict[str, list[jax.Array]] = {}
@@ -91,7 +107,7 @@ def asymmetry(
             # A difference so small that the arithmetic loses it is still a difference.
             tiny = jnp.finfo(x.dtype).tiny
             scale = functools.reduce(jnp.maximum, (scales[name] for name in concerned))
-            largest = jnp.max(jnp.abs(x - to_first(x)))
+            largest = jnp.max(_deviation_size(x, to_first))
             relative = jnp.maximum(largest / jnp.maximum(scale, tiny), tiny)
             relative = jnp.where(_is_first(x, to_first), jnp.zeros_like(relative), relative)
             layers.setdefault('/'.join(path[:-1]), []).append(relative)
@@ -104,7 +120,8 @@ def distance(tree: Tree, feature_axes: Tree, orbits: Orbits | None = None) -> di
     That is from the nearest weights that are symmetric, where each weight is the mean of all that
     must equal it: a float [] a layer, exactly 0 if and only if all of them are equal, or so close
     that the square of the distance is lost. The distance of the whole tree is the root of the sum
-    of squares.
+    of squares. Infinite where a weight that is not finite differs from what it must equal, or the
+    square is too large for the dtype; never NaN.
 
     Raises:
         ValueError: tree and declaration do not fit each other.
@@ -113,22 +130,30 @@ def distance(tree: Tree, feature_axes: Tree, orbits: Orbits | None = None) -> di
     deviations = flatten_dict(transverse(tree, feature_axes, orbits))
     for path, _, names in named_axes(tree, feature_axes):
         if names:
-            layers.setdefault('/'.join(path[:-1]), []).append(jnp.sum(deviations[path] ** 2))
+            square = jnp.sum(deviations[path] ** 2)
+            square = jnp.where(jnp.isnan(square), jnp.full_like(square, jnp.inf), square)
+            layers.setdefault('/'.join(path[:-1]), []).append(square)
     return {layer: jnp.sqrt(sum(values)) for layer, values in layers.items()}
 
 
 def transverse(tree: Tree, feature_axes: Tree, orbits: Orbits | None = None) -> Tree:
     """The part of the tree that is orthogonal to the symmetric subspace.
 
-    That is each weight less the mean of all that must equal it; exactly 0 where they are equal.
+    That is each weight less the mean of all that must equal it; exactly 0 where they are equal. An
+    array in which a weight that is not finite differs from what it must equal has no such part:
+    NaN.
 
     Raises:
         ValueError: tree and declaration do not fit each other.
     """
     parts = {}
     for path, x, names in named_axes(tree, feature_axes):
-        deviation = x - _project(x, path, names, orbits)  # exactly 0 where features are equal
-        parts[path] = deviation - _class_mean(deviation, path, names, orbits)
+        first = _project(x, path, names, orbits)
+        # Exactly 0 where features are equal, infinite ones as well.
+        equal = bit_patterns(jnp.asarray(x)) == bit_patterns(jnp.asarray(first))
+        deviation = jnp.where(equal, jnp.zeros_like(x), x - first)
+        part = deviation - _class_mean(deviation, path, names, orbits)
+        parts[path] = jnp.where(jnp.all(jnp.isfinite(deviation)), part, jnp.full_like(x, jnp.nan))
     return unflatten_dict(parts)
 
 
@@ -154,24 +179,41 @@ def _class_mean(
 def unique_features(tree: Tree, feature_axes: Tree, orbits: Orbits | None = None) -> dict[str, int]:
     """Number of features of each layer that differ from one another in at least one weight.
 
-    The features of a layer are indexed by the last named axis of its arrays: the output axis of a
-    convolution, the input axis of a dense head whose outputs are classes. Exact; 0.0 equals -0.0.
-    Of arrays in `orbits.entries` (an identity) the order of the weights within an orbit does not
-    count. Runs on the host.
+    The features of a layer are those of one axis name: that of the last named axis of the layer's
+    array with the most axes (of several as large, the first by name). So they are the outputs of a
+    convolution, the inputs of a dense head whose outputs are classes. A feature's weights are its
+    slices of all arrays of the layer whose last named axis has that name; arrays that end in others
+    do not count. Exact: bits are compared, 0.0 equals -0.0, and a NaN or an infinity what has its
+    bits. Of arrays in `orbits.entries` (an identity) the order of the weights within an orbit does
+    not count. Runs on the host.
 
     Raises:
         ValueError: tree and declaration do not fit each other.
     """
-    layers: dict[str, list[np.ndarray]] = {}
+    layers: dict[str, list[tuple[Path, np.ndarray, dict[int, str]]]] = {}
     for path, x, names in named_axes(tree, feature_axes):
         if names:
-            x, axis = np.asarray(x), max(names)
-            if orbits is not None and path in orbits.entries:
-                rows = signature(x, axis, names, orbits.first)
-            else:
-                rows = np.moveaxis(bit_patterns(x), axis, 0).reshape(x.shape[axis], -1)
-            layers.setdefault('/'.join(path[:-1]), []).append(rows)
-    return {layer: len(set(first_equal_rows(rows))) for layer, rows in layers.items()}
+            layers.setdefault('/'.join(path[:-1]), []).append((path, np.asarray(x), names))
+
+    counts = {}
+    for layer, arrays in layers.items():
+        _, _, names_of_largest = min(arrays, key=lambda array: (-array[1].ndim, array[0]))
+        features = names_of_largest[max(names_of_largest)]
+        columns = [
+            _rows(path, x, names, orbits)
+            for path, x, names in arrays
+            if names[max(names)] == features
+        ]
+        counts[layer] = len(set(first_equal_rows(columns)))
+    return counts
+
+
+def _rows(path: Path, x: np.ndarray, names: dict[int, str], orbits: Orbits | None) -> np.ndarray:
+    """[features of the last named axis, ...]: rows of integers, equal where the weights are."""
+    axis = max(names)
+    if orbits is not None and path in orbits.entries:
+        return signature(x, axis, names, orbits.first)
+    return np.moveaxis(bit_patterns(x), axis, 0).reshape(x.shape[axis], -1)
 
 
 def project(tree: Tree, feature_axes: Tree, orbits: Orbits | None = None) -> Tree:
