@@ -60,3 +60,10 @@ def test_layers_are_chosen_by_pattern(params):
     assert [jax.tree_util.keystr(path) for path, share in shares.items() if share < 1] == [
         "['block2_0']['shortcut']['kernel']"
     ]
+
+
+def test_64_bit_numbers_change_no_draw(params):
+    usual = pruning.random_mask(params, 0.5, jax.random.key(1))
+    with jax.enable_x64(True):
+        other = pruning.random_mask(params, 0.5, jax.random.key(1))
+    jax.tree.map(np.testing.assert_array_equal, other, usual)

@@ -44,7 +44,7 @@ def random_mask(params: Tree, fraction: float, key: jax.Array, layers: str = LAY
     """As `magnitude_mask`: as many weights of each chosen array go, but chance says which."""
     flat = flatten_dict(params, sep='/')
     noise = {
-        path: jax.random.uniform(jax.random.fold_in(key, i), flat[path].shape)
+        path: jax.random.uniform(jax.random.fold_in(key, i), flat[path].shape, jnp.float32)
         for i, path in enumerate(sorted(flat))
     }
     return magnitude_mask(unflatten_dict(noise, sep='/'), fraction, layers)
