@@ -1,5 +1,7 @@
 """PyTorch checkpoints of the paper's code, in and out. Skipped where PyTorch is not installed."""
 
+import hashlib
+import json
 import pathlib
 import pickle
 
@@ -12,6 +14,8 @@ from zerojax import convert, interop, main, models
 from zerojax.host import torch_checkpoint
 from zerojax.host.checkpoint import Checkpoints
 from zerojax.host.errors import UsageError
+from zerojax.run import cli
+from zerojax.run.train import train
 
 torch = pytest.importorskip('torch')
 
@@ -155,3 +159,158 @@ def test_another_network_is_refused(tmp_path, capsys):
     assert convert.main(['convert', 'from-torch', str(file), *run]) == 2
     assert 'missing among the arrays' in capsys.readouterr().err
     assert not (tmp_path / 'run').exists()
+
+
+def save(tmp_path, arrays, **facts):
+    """A file of the paper's code; a bare state dict without facts."""
+    state_dict = {k: torch.from_numpy(np.array(x)) for k, x in arrays.items()}
+    file = tmp_path / 'x.pth.tar'
+    torch.save({'state_dict': state_dict, **facts} if facts else state_dict, file)
+    return file
+
+
+def from_torch(file, run, *more):
+    return convert.main(['convert', 'from-torch', str(file), *flags(run, *more)])
+
+
+@pytest.mark.parametrize(
+    'dtype,optimizer', [('bfloat16', 'sgd'), ('float32', 'radam'), ('float64', 'sgd')]
+)
+def test_a_converted_run_of_any_precision_trains_and_goes_back(tmp_path, dtype, optimizer):
+    arrays = golden_arrays('constnet_d10_w1_scrambled')
+    file, run = save(tmp_path, arrays), tmp_path / 'run'
+    more = [f'--config.param_dtype={dtype}', f'--config.optimizer.name={optimizer}']
+    more += ['--config.optimizer.momentum=0.9', '--config.model.convolution=patches']
+    assert from_torch(file, run, *more) == 0
+    with Checkpoints(run / 'checkpoints') as checkpoints:
+        before = checkpoints.read_variables(0)
+    assert {str(x.dtype) for x in jax.tree.leaves(before['params'])} == {dtype}
+    statistics = 'float64' if dtype == 'float64' else 'float32'
+    assert {str(x.dtype) for x in jax.tree.leaves(before['batch_stats'])} == {statistics}
+    bias = before['params']['head']['bias']
+    np.testing.assert_array_equal(bias, arrays['fc.bias'].astype(bias.dtype))
+    config, workdir = cli.parse_flags(['main', *flags(run, *more)])
+    with jax.numpy_dtype_promotion('standard'):
+        assert train(config, workdir)['step'] == 3
+    assert not (run / 'damaged_checkpoints').exists()
+    assert '"step": 0, "kind": "eval"' in (run / 'metrics.jsonl').read_text()
+    back = tmp_path / 'back.pth.tar'
+    assert convert.main(['convert', 'to-torch', str(back), f'--workdir={run}']) == 0
+    with Checkpoints(run / 'checkpoints') as checkpoints:
+        after = checkpoints.read_variables(3)
+    np.testing.assert_array_equal(
+        torch_checkpoint.read(back)['fc.bias'], after['params']['head']['bias'].astype(np.float64)
+    )
+
+
+@pytest.mark.parametrize(
+    'prefix', ['module.', '_orig_mod.', 'module._orig_mod.', '_orig_mod.module.', 'module.' * 2]
+)
+def test_prefixes_that_all_names_share_are_taken_off(tmp_path, prefix):
+    arrays = golden_arrays('constnet_d10_w1')
+    named = {f'{prefix}{k}': x for k, x in arrays.items()}
+    assert torch_checkpoint.read(save(tmp_path, named)).keys() == arrays.keys()
+    named['n_averaged'] = np.zeros(())
+    assert torch_checkpoint.read(save(tmp_path, named)).keys() == named.keys()
+
+
+def test_a_state_dict_of_nothing_is_read(tmp_path, capsys):
+    assert torch_checkpoint.read(save(tmp_path, {}, epoch=1)) == {}
+    assert from_torch(tmp_path / 'x.pth.tar', tmp_path / 'run') == 2
+    assert 'missing among the arrays' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    'name,value,message',
+    [
+        ('block1.layer.2.conv.weight', np.zeros((16, 16, 3, 3)), 'the depth of these may be 13'),
+        ('block3.layer.5.bn.num_batches_tracked', np.zeros(()), 'the depth of these may be 22'),
+        ('block1.layer.1.scale', np.full(1, 0.9), 'block1.layer.1.scale: holds 0.9, must be 1.0'),
+        ('block2.layer.0.biases.1', np.full(1, 1e-9), 'biases.1: holds 1e-09, must be 0.0'),
+        ('conv2.weight', np.zeros(3), 'conv2.weight: a ConstNet of depth 10 has no such array'),
+        ('block1.layer.0.conv_res.weight', np.zeros((16, 16, 1, 1)), 'has no such array'),
+    ],
+)
+def test_weights_of_another_network_are_refused(tmp_path, capsys, name, value, message):
+    file = save(tmp_path, golden_arrays('constnet_d10_w1') | {name: value})
+    assert from_torch(file, tmp_path / 'run') == 2
+    error = capsys.readouterr().err
+    assert f'{file}: {name}: ' in error
+    assert message in error
+    assert error.count('\n') == 1
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('epoch', [{'epoch': 7}, {}, {'epoch': 'last'}])
+def test_where_the_weights_came_from_is_kept(tmp_path, epoch):
+    file, run = save(tmp_path, golden_arrays('constnet_d10_w1'), **epoch), tmp_path / 'run'
+    assert from_torch(file, run) == 0
+    origin = json.loads((run / 'origin.json').read_text())
+    assert origin == {
+        'file': 'x.pth.tar',
+        'sha256': hashlib.sha256(file.read_bytes()).hexdigest(),
+        'epoch': 7 if epoch == {'epoch': 7} else None,
+    }
+    if epoch == {'epoch': 7}:
+        with jax.numpy_dtype_promotion('standard'):
+            for _ in range(2):
+                assert main.main(['main', *flags(run)]) == 0
+        assert json.loads((run / 'origin.json').read_text()) == origin
+
+
+def unequal(arrays, name):
+    changed = np.array(arrays[name])
+    changed.flat[0] += 0.5
+    return arrays | {name: changed}
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        None,
+        'conv1.weight',
+        'fc.weight',
+        'block2.layer.1.bn.bias',
+        'block3.layer.0.bn.running_var',
+        'block1.layer.0.bn.running_mean',
+    ],
+)
+def test_projection_is_refused_for_weights_that_it_would_destroy(tmp_path, capsys, change):
+    """And for statistics, which it overwrites as well."""
+    with np.load(GOLDEN / 'constnet_d10_w1.npz') as golden:
+        arrays = {k.removeprefix('init/'): golden[k] for k in golden if k.startswith('init/')}
+    arrays['conv1.weight'] = arrays['conv1.weight'][:, :1]
+    file = save(tmp_path, unequal(arrays, change) if change else arrays)
+    run = tmp_path / 'run'
+    assert from_torch(file, run, '--config.symmetry.project=True') == (2 if change else 0)
+    assert ('symmetry.project=True: the features in' in capsys.readouterr().err) == bool(change)
+    assert run.exists() == (change is None)
+    assert from_torch(file, tmp_path / 'without') == 0
+
+
+@pytest.mark.parametrize('init,factor', [('averaging', 1), ('random', 0)])
+def test_what_training_would_refuse_is_refused_before_anything_is_written(
+    tmp_path, capsys, init, factor
+):
+    """A perturbation of weights that are 0 at step 0: in the config's network or in the file."""
+    arrays = golden_arrays('constnet_d10_w1_scrambled')
+    arrays['block1.layer.0.conv.weight'] *= factor
+    perturbation = ['kind=one_weight', 'layers=block1_0/conv']
+    more = [f'--config.perturbation.{each}' for each in perturbation]
+    more.append(f'--config.model.init={init}')
+    assert from_torch(save(tmp_path, arrays), tmp_path / 'run', *more) == 2
+    assert 'chooses 0 weights that are not 0' in capsys.readouterr().err
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+    'dtype,largest', [('bfloat16', 1e38), ('float32', 1e38), ('float64', 1e300)]
+)
+def test_numbers_too_large_for_the_run_are_refused(tmp_path, capsys, dtype, largest):
+    arrays = golden_arrays('constnet_d10_w1')
+    for number, status in ((largest, 0), (1e39, 0 if dtype == 'float64' else 2)):
+        file = save(tmp_path, arrays | {'fc.bias': np.full(10, number)})
+        run = tmp_path / f'{number}'
+        assert from_torch(file, run, f'--config.param_dtype={dtype}') == status
+        assert run.exists() == (status == 0)
+    assert ('fc.bias is too large for param_dtype' in capsys.readouterr().err) == (status == 2)

@@ -157,3 +157,44 @@ def test_a_missing_or_misshapen_array_is_named(golden):
         interop.from_reference(arrays, create(golden, num_classes=5))
     with pytest.raises(ValueError, match=r'^MLP: not a network of'):
         interop.from_reference(arrays, models.create('mlp'))
+
+
+def test_the_references_own_arrays_are_unused_where_it_does_not_use_them(golden):
+    model = create(golden)
+    for part_of in ('init/', 'final/'):
+        arrays = part(golden, part_of)
+        interop.check_unused(arrays, model)
+        counters = {
+            k.replace('running_mean', 'num_batches_tracked'): np.array(391)
+            for k in arrays
+            if k.endswith('running_mean')
+        }
+        interop.check_unused(arrays | counters, model)
+
+
+def test_whatever_the_network_has_no_place_for_is_refused(golden):
+    """Each array that only a deeper network, another network or another variant has."""
+    model, arrays = create(golden), part(golden, 'final/')
+    used = interop.to_reference(interop.from_reference(arrays, model))
+    deeper = interop.unused_in_reference(models.create('constnet', depth=16, width=1))
+    for name in (*deeper, 'block4.layer.0.scale', 'fc2.weight', 'scale', ''):
+        if name not in arrays and 'num_batches' not in name:
+            with pytest.raises(ValueError, match=f'^{re.escape(name)}: a .* has no such array'):
+                interop.check_unused(arrays | {name: np.zeros(1)}, model)
+    statistics_or_numbers = r'(scale|biases\.\d|running_(mean|var))$'
+    for name in arrays.keys() - used.keys():
+        if re.search(statistics_or_numbers, name):
+            moved = np.array(arrays[name])
+            moved.flat[-1] += 1e-12
+            with pytest.raises(ValueError, match=f'^{re.escape(name)}: holds '):
+                interop.check_unused(arrays | {name: moved}, model)
+
+
+def test_another_depth_is_told(golden):
+    arrays = part(golden, 'final/')
+    init = {'init': '1_iii_iii_iii'} if golden['model']['name'] == 'leakynet' else {}
+    with pytest.raises(ValueError, match=r'missing among the arrays; .* may be 10$'):
+        interop.from_reference(arrays, create(golden, depth=13, **init))
+    init = {'init': '1_i_i_i'} if golden['model']['name'] == 'leakynet' else {}
+    with pytest.raises(ValueError, match=r'depth 7 has no such array; .* may be 10$'):
+        interop.check_unused(arrays, create(golden, depth=7, **init))

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import functools
 import typing
 
@@ -471,3 +472,59 @@ def test_what_a_chain_cannot_do_is_refused(p, message):
 def test_a_bad_field_is_named_with_its_value(field, arguments):
     with pytest.raises(ValueError, match=f'^{field}='):
         Perturbation(**arguments)
+
+
+DRAWS = {
+    'gaussian': Perturbation('gaussian', 0.3),
+    'relative': Perturbation('gaussian', 0.3, relative=True),
+    'one_weight': Perturbation('one_weight', 0.3),
+    'ulp': Perturbation('ulp', count=7),
+    'unequal_init': Perturbation('unequal_init', 0.3, count=3),
+    'gradient': Perturbation('gradient', 0.3),
+    'activation': Perturbation('activation', 0.3),
+    'dropout': Perturbation('dropout', 0.3),
+    'disout': Perturbation('disout', 0.3),
+}
+
+
+def perturbed(p, scale, x):
+    """What the perturbation makes of weights, gradients or an output, with this scale."""
+    p = dataclasses.replace(p, scale=scale)
+    if p.kind in perturb.OUTPUT_KINDS:
+        return [perturb.perturb_output(p, each, KEY) for each in (x, x.reshape(-1, x.shape[-1]))]
+    tree, axes = {'kernel': x}, {'kernel': (None, None, 'a', 'b')}
+    if p.kind == 'gradient':
+        return perturb.perturb_gradients(p, tree, KEY, jnp.int32(0))
+    return perturb_weights(p, tree, KEY, jnp.int32(0), axes)
+
+
+@pytest.mark.parametrize('name', DRAWS)
+@pytest.mark.parametrize('traced', [False, True])
+def test_64_bit_numbers_change_no_draw(name, traced):
+    """Neither where the scale is known nor where a program is handed it in float64."""
+    p, x = DRAWS[name], jnp.ones((4, 8, 8, 32))
+    function = functools.partial(perturbed, p)
+    scales = [p.scale]
+    if traced:
+        function, scales = quick.jit(function), [np.float32(p.scale), np.float64(p.scale)]
+        if p.kind == 'ulp':
+            pytest.skip('has no scale')
+    usual = function(scales[0], x)
+    with jax.enable_x64(True):
+        other = function(scales[-1], x)
+        wide = function(scales[-1], x.astype(jnp.float64))
+    one_float = 1e-6 if traced else 0
+    for a, b, c in zip(*map(jax.tree.leaves, (usual, other, wide)), strict=True):
+        assert a.dtype == b.dtype == jnp.float32
+        assert c.dtype == jnp.float64
+        np.testing.assert_array_equal(a == 0, b == 0)
+        np.testing.assert_array_equal(a == 1, b == 1)
+        np.testing.assert_allclose(a, b, rtol=one_float, atol=0)
+        if p.kind != 'ulp':
+            np.testing.assert_allclose(a, c, rtol=1e-5, atol=1e-7)
+
+
+def test_disout_keeps_what_float64_has_and_float32_has_not():
+    with jax.enable_x64(True):
+        x = jnp.full((2, 8, 8, 3), 1 + 1e-12, jnp.float64)
+        assert (perturb.disout(x, KEY, 0.0) == x).all()

@@ -3,7 +3,11 @@
 python -m zerojax.convert from-torch FILE.pth.tar --config=CONFIG --workdir=DIR [--config.F=V ...]
 
 Makes DIR a run of CONFIG whose initial weights and statistics are those of the file; then
-`python -m zerojax.main` with the same config and workdir trains it.
+`python -m zerojax.main` with the same config and workdir trains it. DIR/origin.json says for good
+where they came from: {"file", "sha256", "epoch"}, the epoch null if the file has none.
+
+The file must hold the weights of that network and no others; names may all begin with 'module.',
+'_orig_mod.' or both, as torch.nn.DataParallel and torch.compile have it.
 
 python -m zerojax.convert to-torch FILE.pth.tar --workdir=DIR
 
@@ -13,6 +17,7 @@ Writes the newest checkpoint of the run in DIR as the paper's code saves its own
 Exit status: 0 success; 1 a damaged checkpoint; 2 a mistake in flags, config, data or files.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -22,19 +27,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from zerojax import config as config_lib
-from zerojax import interop, models
+from zerojax import interop, models, symmetry
 from zerojax.host import torch_checkpoint
 from zerojax.host.checkpoint import Checkpoints, has_checkpoint
 from zerojax.host.command import run_command
 from zerojax.host.errors import UsageError
-from zerojax.host.records import read_metrics
+from zerojax.host.records import read_metrics, write_json
 from zerojax.host.stop import exit_on_signals
 from zerojax.host.workdir import Workdir
 from zerojax.run import checks, cli, data
-from zerojax.run.building import new_state, scalars_of
-from zerojax.step import jit_in_mode
+from zerojax.run.building import build_orbits, new_state, scalars_of
+from zerojax.step import TrainState, jit_in_mode
+from zerojax.step.precision import numbers_of
 
 
 def from_torch(file: pathlib.Path, argv: list[str]) -> None:
@@ -42,33 +49,69 @@ def from_torch(file: pathlib.Path, argv: list[str]) -> None:
     config, workdir = cli.parse_flags(argv)
     dataset = data.load_of(config)
     config = checks.resolve(config, dataset)
-    model = config_lib.build_model(config, dataset.num_classes)
-    arrays = torch_checkpoint.read(file)
+    saved = torch_checkpoint.load(file)
     if config.pruning.source:
         raise UsageError(
             f'pruning.source={config.pruning.source!r}: the initial weights are those of {file}; '
             "must be ''"
         )
-    remains = ('config.json', 'manifest.json', 'metrics.jsonl', 'checkpoints')
+    remains = ('config.json', 'manifest.json', 'metrics.jsonl', 'checkpoints', 'origin.json')
     if any((workdir / name).exists() for name in remains):
         raise UsageError(f'--workdir={workdir}: holds a run already; name another folder')
     checks.check_backend(config.determinism.mode)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(numbers_of(config.param_dtype))
+        state = _initial_state(config, dataset, file, saved.arrays)
+        stack.enter_context(Workdir(workdir, config_lib.as_json(config)))
+        checkpoints = stack.enter_context(
+            Checkpoints(workdir / 'checkpoints', config.keep_checkpoints_at)
+        )
+        checkpoints.save(state, seconds=0.0)
+        checkpoints.wait()
+        write_json(
+            workdir / 'origin.json',
+            {'file': file.name, 'sha256': saved.sha256, 'epoch': saved.epoch},
+        )
+    print(f'{workdir}: step 0 has the weights of {file}')
+
+
+def _initial_state(
+    config: ConfigDict, dataset: data.Dataset, file: pathlib.Path, arrays: dict[str, Any]
+) -> TrainState:
+    """The initial state of a resolved config, but for the weights and statistics.
+
+    Raises:
+        UsageError: they are not those of the config's network, or cannot be trained as it says.
+    """
+    model = config_lib.build_model(config, dataset.num_classes)
+    axes = model.feature_axes()
+    orbits = build_orbits(model, dataset.image_shape)
     new = functools.partial(new_state, config, model, dataset.image_shape)
     state = jit_in_mode(new, config.determinism.mode)(scalars_of(config))
-    checks.check_layers(config, state.params, model.feature_axes()['params'])
+    checks.check_layers(config, state.params, axes['params'])
+    # Training checks, at every start, the weights that the config itself begins with.
+    checks.check_initial_weights(config, state.params, axes['params'], orbits)
+    largest = float(jnp.finfo(config.param_dtype).max)
+    for name, x in arrays.items():
+        if (abs(x) > largest).any():
+            raise UsageError(f'{file}: {name} is too large for param_dtype={config.param_dtype!r}')
     try:
+        interop.check_unused(arrays, model)
         variables = interop.from_reference(arrays, model)
     except ValueError as error:
         raise UsageError(f'{file}: {error}') from error
     _check_shapes(file, variables['params'], state.params)
-    variables = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), variables)
-    with (
-        Workdir(workdir, config_lib.as_json(config)),
-        Checkpoints(workdir / 'checkpoints', config.keep_checkpoints_at) as checkpoints,
+    ours = {'params': state.params, 'batch_stats': state.batch_stats}
+    variables = jax.tree.map(lambda x, own: x.astype(own.dtype), variables, ours)
+    if config.symmetry.project and not all(
+        symmetry.is_symmetric(variables[name], axes[name], orbits) for name in variables
     ):
-        checkpoints.save(dataclasses.replace(state, **variables), seconds=0.0)
-        checkpoints.wait()
-    print(f'{workdir}: step 0 has the weights of {file}')
+        raise UsageError(
+            f'symmetry.project=True: the features in {file} are not equal, projection would '
+            'destroy them; must be False'
+        )
+    checks.check_initial_weights(config, variables['params'], axes['params'], orbits)
+    return dataclasses.replace(state, **variables)
 
 
 def _check_shapes(file: pathlib.Path, theirs: Any, ours: Any) -> None:

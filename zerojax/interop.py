@@ -1,5 +1,6 @@
 """Weights of the paper's PyTorch code, in and out."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,7 +42,7 @@ def from_reference(arrays: Mapping[str, Any], model: Network) -> dict[str, Any]:
 
     Convolutions [c_out, c_in, k, k] become [k, k, c_in, c_out], the dense layer is transposed;
     dtypes are kept as far as JAX's x64 mode allows. Names that the network does not use are
-    ignored.
+    ignored; whether they may be, `check_unused` tells.
 
     Raises:
         ValueError: a name is missing, an array's shape does not fit the model, or the model is not
@@ -52,13 +53,52 @@ def from_reference(arrays: Mapping[str, Any], model: Network) -> dict[str, Any]:
     for path, axes in flatten_dict(model.feature_axes()).items():
         name = _reference_name(path)
         if name not in arrays:
-            raise ValueError(f'{name}: missing among the arrays')
+            raise ValueError(f'{name}: missing among the arrays{_other_depth(arrays, model)}')
         array = np.asarray(arrays[name])
         if array.ndim != len(axes):
             raise ValueError(f'{name}: has shape {array.shape}, must have {len(axes)} axes')
         variables[path] = jnp.asarray(_to_flax(array))
     _check_widths(variables, model)
     return {'batch_stats': {}} | unflatten_dict(variables)
+
+
+def check_unused(arrays: Mapping[str, Any], model: Network) -> None:
+    """Checks that the arrays are those of `model`, and not of a deeper network or another variant.
+
+    What `from_reference` ignores must have a name that the PyTorch code gives to something which
+    this network does not use, and must be as that code initialises it: what another variant of the
+    network uses has moved. Of BatchNorms that are not applied the statistics tell; their scales,
+    biases and counters, and the counters of all others, may be anything.
+
+    Raises:
+        ValueError: names the first array that is not so; or as `from_reference` of the model.
+    """
+    model = _of_the_paper(model)
+    used = {_reference_name(path) for path in flatten_dict(model.feature_axes())}
+    unused = unused_in_reference(model)
+    for name, array in arrays.items():
+        if name in used:
+            continue
+        if name not in unused:
+            raise ValueError(
+                f'{name}: a {type(model).__name__} of depth {model.depth} has no such array'
+                f'{_other_depth(arrays, model)}'
+            )
+        expected = unused[name].flat[0]
+        moved = np.asarray(array) != expected
+        if moved.any() and not name.endswith(('.bn.weight', '.bn.bias', '.num_batches_tracked')):
+            raise ValueError(
+                f'{name}: holds {np.asarray(array)[moved][0]}, must be {expected}; '
+                f'{type(model).__name__} has no use for it, another variant of that code has'
+            )
+
+
+def _other_depth(arrays: Mapping[str, Any], model: ConstNet | LeakyNet) -> str:
+    """What to add to a message where the arrays' names are those of a network of another depth."""
+    matches = [re.match(r'block[123]\.layer\.(\d+)\.', name) for name in arrays]
+    layers = 1 + max((int(match[1]) for match in matches if match), default=-1)
+    depth = 3 * layers + 4
+    return f'; the depth of these may be {depth}' if depth not in (4, model.depth) else ''
 
 
 def to_reference(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -21,8 +21,9 @@ Kinds that act within a step:
     disout        feature-map distortion (Tang et al., "Beyond Dropout", 2020) of a share `scale` of
                   the outputs by noise of size `strength`, see `disout`
 
-Noise is drawn in float32 whatever the dtype of what it perturbs, so runs of different precision are
-perturbed alike; it is added in float32 or better, and the result rounded once.
+Noise is drawn in float32 whatever the dtype of what it perturbs and whether JAX has 64-bit numbers,
+so runs of different precision are perturbed alike; it is added in float32 or better, and the result
+rounded once.
 """
 
 import contextlib
@@ -190,9 +191,13 @@ def _normal(params: Tree, key: jax.Array) -> jax.Array:
     return jax.random.normal(key, (size,), jnp.float32)
 
 
+def _at_least_float32(x: jax.Array) -> Any:
+    return jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+
+
 def _add_noise(x: jax.Array, noise: jax.Array, scale: Scale, relative: bool) -> jax.Array:
     """x + scale · noise, or x · (1 + scale · noise), rounded once to the dtype of x."""
-    wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+    wide = _at_least_float32(x)
     change = jnp.asarray(scale, wide) * noise.astype(wide)
     if relative:
         change = change * x.astype(wide)
@@ -383,11 +388,21 @@ def perturbed_outputs(
         yield
 
 
+def _rate(scale: Scale) -> Scale:
+    """A traced scale in float32, also of runs in float64."""
+    return scale.astype(jnp.float32) if isinstance(scale, jax.Array) else scale
+
+
+def _bernoulli(key: jax.Array, share: Scale, shape: tuple[int, ...]) -> jax.Array:
+    """True for about this share of the entries; `jax.random` would draw in the dtype of `share`."""
+    return jax.random.bernoulli(key, jnp.asarray(share, jnp.float32), shape)
+
+
 def perturb_output(perturbation: Perturbation, x: jax.Array, key: jax.Array) -> jax.Array:
     """A layer's output x [..., C], perturbed as the kind says."""
     p = perturbation
     if p.kind == 'dropout':
-        kept = jax.random.bernoulli(key, 1 - p.scale, x.shape)
+        kept = _bernoulli(key, 1 - _rate(p.scale), x.shape)
         return jnp.where(kept, x / jnp.asarray(1 - p.scale, x.dtype), jnp.zeros_like(x))
     if p.kind == 'disout':
         return disout(x, key, p.scale, p.strength)
@@ -433,22 +448,24 @@ def disout(
         The distorted x, same shape and dtype.
     """
     seed_key, noise_key = jax.random.split(key)
+    rate = _rate(rate)
     if x.ndim == 4:
         _, height, width, _ = x.shape
         block = min(DISOUT_BLOCK, height, width)
         places = (height - block + 1) * (width - block + 1)
         seed_rate = jnp.minimum(1.0, rate * height * width / (block**2 * places))
         shape = (x.shape[0], height - block + 1, width - block + 1, x.shape[-1])
-        seeds = jax.random.bernoulli(seed_key, seed_rate, shape).astype(jnp.float32)
+        seeds = _bernoulli(seed_key, seed_rate, shape).astype(jnp.float32)
         pad = ((0, 0), (block - 1, block - 1), (block - 1, block - 1), (0, 0))
         distorted = nn.max_pool(jnp.pad(seeds, pad), (block, block)) > 0
     else:
-        distorted = jax.random.bernoulli(seed_key, rate, x.shape)
+        distorted = _bernoulli(seed_key, rate, x.shape)
     kept = jnp.maximum(1 - jnp.mean(distorted.astype(jnp.float32)), 1 / x.size)
-    x32 = x.astype(jnp.float32)
-    deviation = strength * jax.lax.stop_gradient(jnp.std(x32))
-    noise = deviation * jax.random.normal(noise_key, x.shape, jnp.float32)
-    return (jnp.where(distorted, noise, x32) / kept).astype(x.dtype)
+    wide = _at_least_float32(x)
+    x_wide = x.astype(wide)
+    deviation = strength * jax.lax.stop_gradient(jnp.std(x_wide))
+    noise = deviation * jax.random.normal(noise_key, x.shape, jnp.float32).astype(wide)
+    return (jnp.where(distorted, noise, x_wide) / kept.astype(wide)).astype(x.dtype)
 
 
 # In anyone's chain.

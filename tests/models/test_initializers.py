@@ -145,3 +145,12 @@ def test_repeated_has_that_many_unique_features(unique):
 def test_fixup_is_he_scaled_by_the_root_of_the_number_of_branches():
     kernel = initializers.fixup(9)(KEY, (3, 3, 64, 200), jnp.float32)
     assert_variance(kernel, 2 / (9 * 64) / 9)
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_64_bit_numbers_change_no_draw(name):
+    for key in (KEY, jax.random.key(1)):
+        usual = ALL[name](key, KERNEL, jnp.float32)
+        with jax.enable_x64(True):
+            np.testing.assert_array_equal(ALL[name](key, KERNEL, jnp.float32), usual)
+            np.testing.assert_array_equal(ALL[name](key, KERNEL), usual)

@@ -100,3 +100,21 @@ def test_mixup_mixes_images_and_labels_by_one_share():
         for i in range(60)
     ]
     assert np.mean(np.array(shares) > 0.95) > 0.4, 'Beta(0.2, 0.2) is mostly near 0 or 1'
+
+
+@pytest.mark.parametrize('name', ['order', 'augment', 'cutout', 'mixup'])
+def test_64_bit_numbers_change_no_draw(name):
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (64, 9, 12, 2)).astype(np.uint8), np.arange(64) % 5
+    floats, labels = images.astype(np.float32), labels.astype(np.int32)
+    function = {
+        'order': lambda: batch.epoch_order(KEY, jnp.int32(3), 103),
+        'augment': lambda: batch.augment(KEY, jnp.asarray(images)),
+        'cutout': lambda: batch.cutout(KEY, jnp.asarray(floats), 4),
+        'mixup': lambda: batch.mixup(KEY, jnp.asarray(floats), jnp.asarray(labels), 5, 0.7),
+    }[name]
+    usual = function()
+    with jax.enable_x64(True):
+        other = function()
+    assert jax.tree.map(lambda x: x.dtype, other) == jax.tree.map(lambda x: x.dtype, usual)
+    jax.tree.map(np.testing.assert_array_equal, other, usual)

@@ -79,3 +79,10 @@ def test_any_pytree_is_pruned_as_nested_dictionaries_of_its_paths():
         assert jax.tree.structure(mask) == jax.tree.structure(tree)
         for ours, theirs in zip(jax.tree.leaves(mask), jax.tree.leaves(prune(nested)), strict=True):
             np.testing.assert_array_equal(ours, theirs)
+
+
+def test_64_bit_numbers_change_no_draw(params):
+    usual = pruning.random_mask(params, 0.5, jax.random.key(1))
+    with jax.enable_x64(True):
+        other = pruning.random_mask(params, 0.5, jax.random.key(1))
+    jax.tree.map(np.testing.assert_array_equal, other, usual)

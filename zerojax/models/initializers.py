@@ -102,7 +102,7 @@ def random_control(gain: float) -> Initializer:
     `gain` is 2 σ_w for the convolutions of blocks, σ_w for stem and shortcuts. The normal
     distribution is not truncated.
     """
-    return variance_scaling(gain, 'fan_out', 'normal') if gain > 0 else zeros
+    return variance_scaling(gain, 'fan_out', 'normal', dtype=jnp.float32) if gain > 0 else zeros
 
 
 def lettered(letter: str, block: int | None, negative_slope: float) -> Initializer:
@@ -131,7 +131,7 @@ def lettered(letter: str, block: int | None, negative_slope: float) -> Initializ
     if share == 1:
         return constant
     gain = math.sqrt(2) * (1 + negative_slope) * (1 - share)
-    noise = variance_scaling(gain, 'fan_in', 'normal')
+    noise = variance_scaling(gain, 'fan_in', 'normal', dtype=jnp.float32)
     return noise if share == 0 else _sum(constant, noise)
 
 
@@ -171,4 +171,4 @@ def fixup(num_branches: int) -> Initializer:
     Zhang, Dauphin and Ma, "Fixup Initialization", 2019, rule 2 with m = 2 layers in a branch. The
     second convolution of the branch and the network's head start at 0 (rule 1).
     """
-    return variance_scaling(2.0 / num_branches, 'fan_in', 'normal')
+    return variance_scaling(2.0 / num_branches, 'fan_in', 'normal', dtype=jnp.float32)

@@ -95,9 +95,25 @@ class Linear(nn.Module):
         return product + bias[None, :]
 
 
+class Dropout(nn.Module):
+    """x with a share `rate`, below 1, of it set to 0 and the rest scaled up.
+
+    Flax's draws in float64 where JAX has 64-bit numbers; this one in float32 always, and what it
+    draws is what Flax's draws there, also because it bears the same name: that is in the key.
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        share = 1.0 - self.rate
+        kept = jax.random.bernoulli(self.make_rng('dropout'), jnp.float32(share), x.shape)
+        return lax.select(kept, x / share, jnp.zeros_like(x))
+
+
 def dropout(x: jax.Array, rate: float, train: bool) -> jax.Array:
     """x, in training with a share `rate` of it set to 0 and the rest scaled up."""
-    return nn.Dropout(rate, deterministic=not train)(x) if rate > 0 else x
+    return Dropout(rate)(x) if train and rate > 0 else x
 
 
 class Scalar(nn.Module):

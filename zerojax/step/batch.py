@@ -1,5 +1,7 @@
 """From a set held on the device to the batch of a step: what happens inside jit.
 
+All that is drawn is drawn in float32 or int32, so that JAX's x64 mode changes no draw.
+
 Shapes are written as suffixes: B batch, H and W space, C channels, N examples.
 """
 
@@ -17,7 +19,8 @@ def normalize(images_BxHxWxC: jax.Array, mean_C: np.ndarray, std_C: np.ndarray) 
 
 def epoch_order(key: jax.Array, epoch: jax.Array, num_examples: int) -> jax.Array:
     """The order of examples in an epoch, a permutation int32 [N] that depends on nothing else."""
-    return jax.random.permutation(jax.random.fold_in(key, epoch), num_examples)
+    examples = jnp.arange(num_examples, dtype=jnp.int32)
+    return jax.random.permutation(jax.random.fold_in(key, epoch), examples)
 
 
 def steps_per_epoch(num_examples: int, batch_size: int, keep_last: bool = False) -> int:
@@ -46,8 +49,8 @@ def augment(key: jax.Array, images_BxHxWxC: jax.Array) -> jax.Array:
     """Reflect-pads by 4 pixels, crops at random to the old size, mirrors half of the images."""
     batch, height, width, channels = images_BxHxWxC.shape
     crop_key, flip_key = jax.random.split(key)
-    offsets_Bx2 = jax.random.randint(crop_key, (batch, 2), 0, 2 * PAD + 1)
-    flips_B = jax.random.bernoulli(flip_key, shape=(batch,))
+    offsets_Bx2 = jax.random.randint(crop_key, (batch, 2), 0, 2 * PAD + 1, jnp.int32)
+    flips_B = jax.random.bernoulli(flip_key, jnp.float32(0.5), (batch,))
     padded = jnp.pad(images_BxHxWxC, ((0, 0), (PAD, PAD), (PAD, PAD), (0, 0)), mode='reflect')
 
     def crop_and_flip(image: jax.Array, offset: jax.Array, flip: jax.Array) -> jax.Array:
@@ -69,8 +72,8 @@ def cutout(key: jax.Array, images_BxHxWxC: jax.Array, size: int) -> jax.Array:
     row_key, column_key = jax.random.split(key)
 
     def inside(key: jax.Array, side: int) -> jax.Array:
-        start_B = jax.random.randint(key, (batch,), 0, side) - size // 2
-        distance_BxS = jnp.arange(side)[None, :] - start_B[:, None]
+        start_B = jax.random.randint(key, (batch,), 0, side, jnp.int32) - size // 2
+        distance_BxS = jnp.arange(side, dtype=jnp.int32)[None, :] - start_B[:, None]
         return (distance_BxS >= 0) & (distance_BxS < size)
 
     hole_BxHxW = inside(row_key, height)[:, :, None] & inside(column_key, width)[:, None, :]
@@ -86,9 +89,9 @@ def mixup(
     probabilities, float32 [B, num_classes].
     """
     beta_key, order_key = jax.random.split(key)
-    share = jax.random.beta(beta_key, alpha, alpha)
-    order_B = jax.random.permutation(order_key, len(labels_B))
-    one_hot_BxN = jax.nn.one_hot(labels_B, num_classes)
+    share = jax.random.beta(beta_key, alpha, alpha, dtype=jnp.float32)
+    order_B = jax.random.permutation(order_key, jnp.arange(len(labels_B), dtype=jnp.int32))
+    one_hot_BxN = jax.nn.one_hot(labels_B, num_classes, dtype=jnp.float32)
 
     def mix(x: jax.Array) -> jax.Array:
         return share * x + (1 - share) * x[order_B]

@@ -1,5 +1,6 @@
 """Precision of weights and arithmetic."""
 
+import concurrent.futures
 import contextlib
 from collections.abc import Iterator
 from typing import Any
@@ -18,14 +19,22 @@ def at_least_float32(dtype: Any) -> Any:
 
 @contextlib.contextmanager
 def numbers_of(dtype: str) -> Iterator[None]:
-    """Within it, JAX has 64-bit numbers if `dtype` is 'float64'; otherwise all stays as it is.
+    """Within it, JAX has 64-bit numbers if and only if `dtype` is 'float64'.
 
-    For the whole process and not, as `jax.enable_x64` does, for this thread alone: Orbax reads
-    checkpoints in threads of its own, where it would round float64 to float32.
+    For the whole process, because Orbax reads checkpoints in threads of its own, where it would
+    round float64 to float32; and for this thread, in which `jax.enable_x64` may say otherwise.
+    Afterwards both are as they were.
     """
-    before = jax.config.jax_enable_x64  # type: ignore[attr-defined]
-    jax.config.update('jax_enable_x64', before or dtype == 'float64')
+    wanted, before = dtype == 'float64', _process_wide()
+    jax.config.update('jax_enable_x64', wanted)
     try:
-        yield
+        with jax.enable_x64(wanted):
+            yield
     finally:
         jax.config.update('jax_enable_x64', before)
+
+
+def _process_wide() -> bool:
+    """Whether the process has 64-bit numbers: what a new thread sees, which has no other value."""
+    with concurrent.futures.ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(lambda: jax.config.jax_enable_x64).result()  # type: ignore[attr-defined]

@@ -46,5 +46,5 @@ def random_mask(params: Tree, fraction: float, key: jax.Array, layers: str = LAY
     paths = perturb.paths_of(params)
     noise = list(leaves)
     for number, i in enumerate(sorted(range(len(leaves)), key=paths.__getitem__)):
-        noise[i] = jax.random.uniform(jax.random.fold_in(key, number), leaves[i].shape)
+        noise[i] = jax.random.uniform(jax.random.fold_in(key, number), leaves[i].shape, jnp.float32)
     return magnitude_mask(jax.tree.unflatten(definition, noise), fraction, layers)
