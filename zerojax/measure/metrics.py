@@ -26,16 +26,16 @@ def mean_correlation(rows: jax.Array) -> jax.Array:
     """Mean Pearson correlation between two different rows of [n, m]: a float [] from -1 to 1.
 
     A row of equal numbers has no correlation (NumPy's `corrcoef` gives NaN), nor has one that holds
-    a NaN or an infinity; it counts as 1 with each other row, as in the paper's code. Costs n·m
-    operations: the sum over pairs of unit vectors is the squared norm of their sum, less n. Raises
-    ValueError if there are less than two rows.
+    a NaN; it counts as 1 with each other row, as in the paper's code. With an infinity in a row the
+    result is NaN. Costs n·m operations: the sum over pairs of unit vectors is the squared norm of
+    their sum, less n. Raises ValueError if there are less than two rows.
     """
     n = len(rows)
     if n < 2:
         raise ValueError(f'a correlation between rows needs two of them, not shape {rows.shape}')
     rows = rows.astype(at_least_float32(rows.dtype))
     span = jnp.max(rows, axis=1, keepdims=True) - jnp.min(rows, axis=1, keepdims=True)
-    varies = (span > 0) & jnp.isfinite(span)
+    varies = span > 0
     centred = (rows - jnp.mean(rows, axis=1, keepdims=True)) / jnp.where(varies, span, 1)
     norm = jnp.sqrt(jnp.sum(centred**2, axis=1, keepdims=True))  # of order 1: nothing underflows
     unit = jnp.where(varies, centred / jnp.where(varies, norm, 1), 0)
