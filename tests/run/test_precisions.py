@@ -55,7 +55,7 @@ FIELDS = (
 )
 ALL_AT_ONCE = {
     'dataset': {'augment': True, 'cutout': 3, 'mixup': 0.5},
-    'perturbation': {'kind': 'disout', 'scale': 0.1, 'every': 1},
+    'perturbation': {'kind': 'gaussian', 'scale': 0.1, 'every': 1},
 }
 
 
@@ -177,12 +177,11 @@ def process_wide(x64):
 def test_the_mode_that_a_run_is_started_in_changes_nothing(small_config, tmp_path, dtype):
     small_config.param_dtype = dtype
     expected = train(small_config, tmp_path / 'plain')['params_sha256']
-    for x64 in (False, True):
-        for outside in (process_wide, jax.enable_x64):
-            workdir = tmp_path / f'{outside.__name__}_{x64}'
-            with outside(x64):
-                assert train(small_config, workdir)['params_sha256'] == expected
-                shutil.rmtree(workdir / 'checkpoints' / '12')  # and resumes from the one before
-                assert train(small_config, workdir)['params_sha256'] == expected
-                assert jax.config.jax_enable_x64 == x64
-            assert not jax.config.jax_enable_x64
+    for outside, x64 in ((process_wide, True), (jax.enable_x64, dtype == 'float32')):
+        workdir = tmp_path / outside.__name__
+        with outside(x64):
+            assert train(small_config, workdir)['params_sha256'] == expected
+            shutil.rmtree(workdir / 'checkpoints' / '12')  # and resumes from the one before
+            assert train(small_config, workdir)['params_sha256'] == expected
+            assert jax.config.jax_enable_x64 == x64
+        assert not jax.config.jax_enable_x64
