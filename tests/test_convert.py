@@ -19,6 +19,8 @@ from zerojax.run.train import train
 
 torch = pytest.importorskip('torch')
 
+pytestmark = pytest.mark.torch
+
 ROOT = pathlib.Path(__file__).parent.parent
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 LEAKYNET = ['--config.model.name=leakynet', '--config.model.init=1_ii_i1_11']

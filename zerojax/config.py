@@ -319,11 +319,18 @@ def read(file: pathlib.Path) -> ConfigDict:
     """
     try:
         fields = flatten_dict(json.loads(file.read_text()))
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, AssertionError) as error:
         raise UsageError(f'{file}: cannot be read: {error}') from error
     # JSON has no tuples.
     fields = {path: tuple(x) if isinstance(x, list) else x for path, x in fields.items()}
     config = ConfigDict(unflatten_dict(fields))
+    ours = flatten_dict(default_config().to_dict())
+    differing = sorted('.'.join(path) for path in fields.keys() ^ ours.keys())
+    if differing:
+        raise UsageError(
+            f'{file}: of another version of zerojax, whose config has other fields than this '
+            f"version's ({', '.join(differing)}); read it with that version"
+        )
     try:
         check(config)
     except UsageError as error:

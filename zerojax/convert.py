@@ -41,6 +41,7 @@ from zerojax.host.workdir import Workdir
 from zerojax.run import checks, cli, data
 from zerojax.run.building import build_orbits, new_state, scalars_of
 from zerojax.step import TrainState, jit_in_mode
+from zerojax.step.batch import steps_per_epoch
 from zerojax.step.precision import numbers_of
 
 
@@ -66,12 +67,12 @@ def from_torch(file: pathlib.Path, argv: list[str]) -> None:
         checkpoints = stack.enter_context(
             Checkpoints(workdir / 'checkpoints', config.keep_checkpoints_at)
         )
-        checkpoints.save(state, seconds=0.0)
-        checkpoints.wait()
         write_json(
             workdir / 'origin.json',
             {'file': file.name, 'sha256': saved.sha256, 'epoch': saved.epoch},
         )
+        checkpoints.save(state, seconds=0.0)
+        checkpoints.wait()
     print(f'{workdir}: step 0 has the weights of {file}')
 
 
@@ -155,7 +156,8 @@ def _progress(workdir: pathlib.Path, config: dict[str, Any], step: int) -> tuple
     examples = json.loads((workdir / 'manifest.json').read_text())['dataset']['train_examples']
     lines = read_metrics(workdir / 'metrics.jsonl')
     best = max(x['accuracy'] for x in lines if x['kind'] == 'eval' and x['step'] <= step)
-    return step // (examples // config['batch_size']), best
+    keep_last = config['dataset']['last_batch'] == 'keep'
+    return step // steps_per_epoch(examples, config['batch_size'], keep_last), best
 
 
 def run(argv: list[str]) -> None:

@@ -85,7 +85,7 @@ def test_another_structure_is_a_difference_and_no_damage(toy_config, stopped, pr
     fields = json.loads((workdir / 'config.json').read_text())
     fields['optimizer']['name'] = 'radam'
     (workdir / 'config.json').write_text(json.dumps(fields))
-    with jax.numpy_dtype_promotion('standard'):  # optax's RAdam multiplies int32 by float
+    with jax.numpy_dtype_promotion('standard'):  # RAdam's schedule multiplies int32 by float
         refused(toy_config, workdir, programs, r'holds another state .*opt_state/.*nothing')
 
 

@@ -136,7 +136,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_serves(toy_config,
     for step in (12, 18, 24):
         damage(tmp_path / 'checkpoints' / str(step), lambda content: content[: len(content) // 2])
     with pytest.raises(
-        RunError, match=r'/24 is damaged .*/12 is damaged .* none is left .* remove'
+        RunError, match=r'/24 is damaged .*/12 is damaged .* none is left .* move \S+ away'
     ):
         train(toy_config, tmp_path, programs)
     steps = {path.name for path in (tmp_path / 'checkpoints').iterdir() if path.is_dir()}
@@ -237,7 +237,7 @@ def test_the_papers_options_together(toy_config):
         'dataset.cutout': 3, 'dataset.mixup': 1.0, 'optimizer.name': 'radam',
         'optimizer.freeze': 'hidden/bias',
     }  # fmt: skip
-    with jax.numpy_dtype_promotion('standard'):  # optax's RAdam multiplies int32 by float
+    with jax.numpy_dtype_promotion('standard'):  # RAdam's schedule multiplies int32 by float
         hashes = [params_after(**everything)]
         for left_out in everything:
             hashes.append(params_after(**{k: x for k, x in everything.items() if k != left_out}))

@@ -39,7 +39,7 @@ FUNCTION_FIELDS = ('name', 'shortcut', 'negative_slope')
 
 @functools.cache
 def statistics_function(model: Network, mode: str) -> Any:
-    """Jitted, of the same arguments: what `interpolation.batch_statistics` returns."""
+    """Jitted (variables, images, mean, std) -> what `interpolation.batch_statistics` returns."""
     return determinism.jit_in_mode(
         lambda variables, images, mean, std: interpolation.batch_statistics(
             model, variables, normalize(images, mean, std)
@@ -50,7 +50,7 @@ def statistics_function(model: Network, mode: str) -> Any:
 
 @functools.cache
 def grams_function(model: Network, mode: str) -> Any:
-    """Jitted, of the same arguments: the Gram matrix [B, B] of each layer's features."""
+    """Jitted (variables, images, mean, std) -> the Gram matrix [B, B] of each layer's features."""
     layers = model.layers()
 
     def grams(variables: Variables, images: Any, mean: Any, std: Any) -> dict[str, jax.Array]:

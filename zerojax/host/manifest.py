@@ -24,7 +24,7 @@ PACKAGES = (
 # What is logged, checked, cached or found where decides no bit; all other options of JAX may.
 # `jax_enable_x64` each run sets to what its `param_dtype` asks for.
 _HARMLESS = re.compile(
-    'async|backend|binary|cache|check|collectives|color|constants|debug|device|dump|enable_x64|'
+    'async|backend|binary|cache|check|color|constants|debug|device|dump|enable_x64|'
     'error|explain|export|frames|garbage|guard|host|jax2tf|leak|location|log|mesh|mutable|'
     'no_execution|platform|poison|preemption|profil|promotion|recover|regex|serialization|'
     'sharding|source|timeout|traceback|tracing|transfer|transport|verbose|visible'
@@ -32,7 +32,8 @@ _HARMLESS = re.compile(
 # What XLA and its libraries read: kernels, precision, order of additions, number of threads.
 _VARIABLES = re.compile(
     'XLA_FLAGS|LIBTPU_INIT_ARGS|NVIDIA_TF32_OVERRIDE|(PJRT_)?NPROC|'
-    '(CUBLAS|CUDNN|NCCL|TF_CUDNN|TF_DETERMINISTIC)_.*'
+    'NCCL_(ALGO|PROTO|MIN_NCHANNELS|MAX_NCHANNELS|NTHREADS|NVLS_ENABLE|COLLNET_ENABLE)|'
+    'CUBLAS(LT)?_WORKSPACE_CONFIG|TF_(CUDNN|DETERMINISTIC)_.*'
 )
 # Flags that only say how many devices there are, which the manifest counts, or what is dumped.
 _HARMLESS_FLAGS = re.compile('--xla_(force_host_platform_device_count|dump)')
@@ -139,16 +140,11 @@ def differences(path: pathlib.Path, facts: Record) -> list[str]:
             f'{where} by zerojax {before["versions"]["zerojax"]}, which did not note what settings '
             'of JAX were in force; finish it with that version, or name another folder'
         )
-    # A newer JAX has other options; what only one of the two knows is a matter of version.
-    known = before['settings'].keys() & now['settings'].keys()
-    either = {
-        name
-        for name in before['settings'].keys() | now['settings'].keys()
-        if name in known or not name.startswith('JAX_')
-    }
-    for name in sorted(either):
+    for name in sorted(before['settings'].keys() | now['settings'].keys()):
         there, here = before['settings'].get(name), now['settings'].get(name)
-        if there != here:
+        # Of options, another version of JAX has others; a variable may be set or not.
+        known = name in before['settings'] and name in now['settings']
+        if there != here and (known or _VARIABLES.fullmatch(name)):
             raise UsageError(
                 f'{where} with {name}={there!r}, here it is {here!r}, which may change its '
                 'numbers; set it as it was, or name another folder'

@@ -14,6 +14,39 @@ from zerojax.host.event_file import EventFile
 from zerojax.host.records import Record, replace_file
 
 
+def read_until(path: pathlib.Path, step: int) -> list[Record]:
+    """The lines of a metrics.jsonl up to a step; none if there is no file.
+
+    Raises:
+        UsageError: a line is damaged, but for a last one that a process left half written.
+    """
+    if not path.exists():
+        return []
+    kept = []
+    texts = path.read_bytes().splitlines()
+    for number, text in enumerate(texts, start=1):
+        try:
+            line = json.loads(text)
+            if line['step'] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(texts):
+                break
+            raise UsageError(
+                f'--workdir={path.parent}: line {number} of metrics.jsonl is damaged; '
+                'name another folder'
+            ) from error
+    return kept
+
+
+def lines_sha256(lines: list[Record]) -> str:
+    """Hash of lines, as they are in the file."""
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update((json.dumps(line) + '\n').encode())
+    return digest.hexdigest()
+
+
 class MetricsLog:
     """`metrics.jsonl`, mirrored in TensorBoard event files.
 
@@ -25,28 +58,19 @@ class MetricsLog:
         self,
         workdir: pathlib.Path,
         step: int,
-        presumed: str | None = None,
         *,
         writes: bool = True,
     ) -> None:
         """Opens the file to go on after `step`; what was written beyond it will be run again.
 
-        `presumed` is the `sha256` that the lines up to there must have; None: any.
-
         -1 starts anew, even if a process was killed before it saved its first checkpoint. Without
         `writes` the lines are kept in memory, and the file, which another process writes, is read.
 
         Raises:
-            UsageError: a line other than the last is damaged, or the lines are not those presumed.
+            UsageError: a line other than the last is damaged.
         """
         self._path = workdir / 'metrics.jsonl'
-        self.lines = self._read_until(step)
-        if presumed not in (None, self.sha256()):
-            raise UsageError(
-                f'--workdir={workdir}: metrics.jsonl is not the one that the checkpoint of step '
-                f'{step} was saved with, lines are missing or others; put it back, or name another '
-                'folder'
-            )
+        self.lines = read_until(self._path, step)
         self._writes = writes
         if not writes:
             return
@@ -64,25 +88,6 @@ class MetricsLog:
             self._file.close()
             self._events.close()
             self._mirror.close()
-
-    def _read_until(self, step: int) -> list[Record]:
-        if not self._path.exists():
-            return []
-        kept = []
-        lines = self._path.read_text().splitlines()
-        for number, line in enumerate(lines, start=1):
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                if number == len(lines):
-                    break  # half written by a process that was killed
-                raise UsageError(
-                    f'--workdir={self._path.parent}: line {number} of metrics.jsonl is damaged; '
-                    'name another folder'
-                ) from error
-            if record['step'] <= step:
-                kept.append(record)
-        return kept
 
     def write(self, step: int, kind: str, **values: Any) -> None:
         """Appends one line; numbers also go to TensorBoard as KIND/NAME; None stands for none.
@@ -105,11 +110,8 @@ class MetricsLog:
                 self._events.scalar(f'{kind}/{name}', value, step)
 
     def sha256(self) -> str:
-        """Hash of all lines, as they are in the file."""
-        digest = hashlib.sha256()
-        for record in self.lines:
-            digest.update((json.dumps(record) + '\n').encode())
-        return digest.hexdigest()
+        """`lines_sha256` of all lines."""
+        return lines_sha256(self.lines)
 
     def last(self, kind: str) -> Record | None:
         """The last line of a kind; None if there is none."""

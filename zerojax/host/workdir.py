@@ -105,7 +105,7 @@ class Workdir:
             return
         try:
             theirs = flatten_dict(json.loads(file.read_text()), sep='.')
-        except (ValueError, AttributeError, OSError) as error:
+        except (ValueError, AttributeError, AssertionError, OSError) as error:
             raise UsageError(
                 f'--workdir={self.path}: its config.json cannot be read ({error}); '
                 'name another folder'

@@ -14,7 +14,7 @@ from zerojax.host import distributed, figures, manifest, records
 from zerojax.host.checkpoint import Checkpoints
 from zerojax.host.errors import RunError, UsageError
 from zerojax.host.hashes import params_sha256
-from zerojax.host.metrics_log import MetricsLog
+from zerojax.host.metrics_log import MetricsLog, lines_sha256, read_until
 from zerojax.host.progress import Progress
 from zerojax.host.records import Record
 from zerojax.run.building import build_schedule
@@ -42,7 +42,6 @@ class Recorder:
             Checkpoints(workdir / 'checkpoints', config.keep_checkpoints_at)
         )
         self.seconds_before = 0.0  # in processes before this one
-        self._presumed: str | None = None  # hash of the metrics of these, if it was noted
         self.error: RunError | None = None  # what it ended with before its time
         self.manifest: Record | None = None  # of the process that writes it
         self._schedule = build_schedule(config, config.optimizer.learning_rate)
@@ -53,25 +52,35 @@ class Recorder:
         `facts` as in `manifest.add_start`.
 
         Raises:
-            UsageError: a file is damaged, or metrics.jsonl lacks what the checkpoint presumes.
+            UsageError: a file is damaged.
         """
-        start = step if step > 0 else -1
-        presumed = self._presumed if step > 0 else None
         self.metrics = stack.enter_context(
-            MetricsLog(self.workdir, start, presumed, writes=distributed.is_first())
+            MetricsLog(self.workdir, step if step > 0 else -1, writes=distributed.is_first())
         )
-        if step > 0 and self.metrics.last('eval') is None:
+        if distributed.is_first():
+            self.manifest = manifest.add_start(self.workdir / 'manifest.json', step, facts)
+
+    def resume(self, step: int, saved: Record) -> None:
+        """Takes over what was saved beside the state of `step`, from which the run goes on.
+
+        Raises:
+            UsageError: metrics.jsonl is not the one that the checkpoint presumes.
+        """
+        self.seconds_before = saved.get('seconds', 0.0)
+        if step == 0:
+            return
+        lines = read_until(self.workdir / 'metrics.jsonl', step)
+        if not any(line['kind'] == 'eval' for line in lines):
             raise UsageError(
                 f'--workdir={self.workdir}: has a checkpoint of step {step} but metrics.jsonl is '
                 'empty; put it back, or name another folder'
             )
-        if distributed.is_first():
-            self.manifest = manifest.add_start(self.workdir / 'manifest.json', step, facts)
-
-    def resume(self, saved: Record) -> None:
-        """Takes over what was saved beside the state that the run goes on from."""
-        self.seconds_before = saved.get('seconds', 0.0)
-        self._presumed = saved.get('metrics_sha256')
+        if saved.get('metrics_sha256') not in (None, lines_sha256(lines)):
+            raise UsageError(
+                f'--workdir={self.workdir}: metrics.jsonl is not the one that the checkpoint of '
+                f'step {step} was saved with, lines are missing or others; put it back, or name '
+                'another folder'
+            )
 
     def check_finite(self, nonfinite_at_step: int) -> None:
         """Ends the run if an update up to here gave a number that is not finite."""
@@ -172,13 +181,12 @@ class Recorders:
         """Whether no run is left to be trained."""
         return all(run.error for run in self._runs)
 
-    def begin(self, step: int, stack: contextlib.ExitStack) -> None:
+    def begin(self, step: int, facts: Record, stack: contextlib.ExitStack) -> None:
         """Says where each run goes on, and `Recorder.begin`."""
         for run in self._runs:
             verb = 'RESUMING at' if run.checkpoints.latest_step is not None else 'starting at'
             num_steps = run.config.num_steps
             self._progress.say(f'{verb} step {step} of {num_steps} in {run.workdir}')
-        facts = run_facts(self._program)
         for run in self._runs:
             run.begin(step, facts, stack)
 

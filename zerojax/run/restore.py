@@ -12,9 +12,10 @@ from zerojax.host import distributed, manifest
 from zerojax.host.checkpoint import OtherState
 from zerojax.host.errors import RunError, UsageError
 from zerojax.host.progress import Progress
+from zerojax.host.records import Record
 from zerojax.host.workdir import Workdir
 from zerojax.run.program import Program
-from zerojax.run.recorder import Recorder, run_facts
+from zerojax.run.recorder import Recorder
 from zerojax.step import TrainState
 
 
@@ -26,33 +27,35 @@ def claim(
     Raises:
         UsageError: a folder is in use, cannot be written, or holds a run of another config.
     """
-    problem = None
+    problem: Exception | None = None
     if distributed.is_first():
         try:
             for workdir, config in zip(workdirs, configs, strict=True):
                 stack.enter_context(Workdir(workdir, config_lib.as_json(config)))
-        except UsageError as error:
+        except Exception as error:  # the others wait for this process
             problem = error
     distributed.agree(problem)
 
 
-def compare_conditions(workdirs: list[pathlib.Path], program: Program, progress: Progress) -> None:
+def compare_conditions(workdirs: list[pathlib.Path], facts: Record, progress: Progress) -> None:
     """Says loudly if runs go on under other conditions than they were left under.
+
+    `facts` as in `manifest.add_start`.
 
     Raises:
         UsageError: they must not, see `manifest.differences`.
     """
-    problem = None
+    problem: Exception | None = None
     if distributed.is_first():
         try:
             for workdir in workdirs:
-                found = manifest.differences(workdir / 'manifest.json', run_facts(program))
+                found = manifest.differences(workdir / 'manifest.json', facts)
                 if found:
                     progress.say(
                         f'OTHER CONDITIONS than when {workdir} was left: {"; ".join(found)}; from '
                         'here on its bits may be others than those of an undisturbed run'
                     )
-        except UsageError as error:
+        except Exception as error:  # the others wait for this process
             problem = error
     distributed.agree(problem)
 
@@ -67,9 +70,10 @@ def restore(
     which will be made again, removed.
 
     Raises:
-        UsageError: the checkpoints hold states of another structure, or one was renamed.
+        UsageError: the checkpoints hold states of another structure, one was renamed, or the
+            metrics are not those that they presume.
         RunError: there is no such step.
-        In both cases all checkpoints are left as they are.
+        In all of these nothing is moved or removed.
     """
     states = [
         its_state
@@ -92,7 +96,7 @@ def restore(
                 )
             except RunError as reason:
                 damaged[run, step] = reason
-        if len(restored) == len(runs):
+        if not distributed.largest(len(restored) < len(runs)):
             break
     else:
         if damaged and all(isinstance(each, OtherState) for each in damaged.values()):
@@ -104,11 +108,12 @@ def restore(
         of_these = {run for run, _ in damaged} or runs
         folders = ', '.join(str(run.workdir / 'checkpoints') for run in runs if run in of_these)
         raise RunError(f'{reasons}; none is left to resume from: move {folders} away to begin anew')
+    for run, (_, saved) in zip(runs, restored, strict=True):
+        run.resume(step, saved)
     for (run, bad_step), error in damaged.items():
         folder = run.checkpoints.set_aside(bad_step)
         progress.say(f'{error}; moved to {folder}, going on from step {step}')
-    for run, (_, saved) in zip(runs, restored, strict=True):
-        run.resume(saved)
+    for run in runs:
         for newer in [each for each in run.checkpoints.steps if each > step]:
             run.checkpoints.delete(newer)
     return program.stack_states([its_state for its_state, _ in restored]), step

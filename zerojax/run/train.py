@@ -20,7 +20,7 @@ from zerojax.run.building import Scalars, scalars_of
 from zerojax.run.checks import check_backend, check_initial_weights, check_layers, resolve
 from zerojax.run.inspection import audit_start
 from zerojax.run.program import Program, Programs
-from zerojax.run.recorder import Recorder, Recorders
+from zerojax.run.recorder import Recorder, Recorders, run_facts
 from zerojax.run.restore import claim, compare_conditions, restore
 from zerojax.run.ticket import load_ticket
 from zerojax.step import TrainState
@@ -97,11 +97,12 @@ def train_runs(
         claim(workdirs, configs, stack)
         if progress is None:
             progress = stack.enter_context(Progress(config.num_steps * len(runs)))
-        compare_conditions(workdirs, program, progress)
+        facts = run_facts(program)
+        compare_conditions(workdirs, facts, progress)
         each_run = [Recorder(*x, stack) for x in zip(configs, workdirs, tickets, strict=True)]
         state, step = restore(program, state, each_run, progress)
         recorders = Recorders(program, each_run, progress, started)
-        recorders.begin(step, stack)
+        recorders.begin(step, facts, stack)
 
         state = _loop(program, state, step, scalars, recorders, progress, stop)
         return recorders.finish(state)
@@ -165,7 +166,8 @@ def _loop(
         recorders.check_finite(state)
         recorders.save(state)
         recorders.wait()
-        raise Stopped(stopping, step)
+        if not recorders.all_failed():
+            raise Stopped(stopping, step)
     return state
 
 
