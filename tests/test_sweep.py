@@ -184,7 +184,7 @@ def test_a_structure_and_a_folder_are_checked_before_the_first_run_is_trained(
     begun = tmp_path / '1'
     begun.mkdir()
     (begun / 'config.json').write_text('{"seed": 5}')
-    with pytest.raises(UsageError, match='1: holds a run of another config'):
+    with pytest.raises(UsageError, match='1: holds a run of another version'):
         sweep.sweep(variants(toy_config, tmp_path, seed=[0, 1]))
     assert [path.name for path in tmp_path.iterdir()] == ['1']
 

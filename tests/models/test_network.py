@@ -4,7 +4,6 @@ import functools
 import re
 import tracemalloc
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from zerojax import models
 from zerojax.models import constnet, wide_resnet
+from zerojax.models.layers import Dropout
 
 NETWORKS = {
     'constnet': {'name': 'constnet', 'depth': 10, 'width': 1, 'init': 'random'},
@@ -120,7 +120,7 @@ def test_dropout_is_in_each_block_and_in_training_only(arguments):
     plain, model = models.create(**arguments), models.create(**arguments, dropout=0.5)
 
     def is_dropout(module, _):
-        return isinstance(module, nn.Dropout)
+        return isinstance(module, Dropout)
 
     call = functools.partial(model.init_with_output, train=True, capture_intermediates=is_dropout)
     _, variables = jax.eval_shape(call, {'params': KEY, 'dropout': KEY}, IMAGES)

@@ -232,8 +232,10 @@ class Checkpoints:
             )
 
     def _check_structure(self, step: int, like: TrainState) -> None:
-        """Raises OtherState if a checkpoint has not the arrays of a state."""
+        """Raises OtherState if a checkpoint has not the arrays of a state; RunError: damaged."""
         stored = _shapes(self._checkpointer.metadata(step).metadata)
+        if 'step' not in stored:  # which every version has: the metadata are damaged
+            raise self._unreadable(step, 'its metadata')
         expected = _shapes(jax.eval_shape(functools.partial(jax.tree.map, _without_keys), like))
         for path in sorted(stored.keys() | expected.keys()):
             there, here = stored.get(path, 'nothing'), expected.get(path, 'nothing')
@@ -256,7 +258,7 @@ class Checkpoints:
         """
         try:
             self._check_structure(step, like)
-        except OtherState:
+        except RunError:
             raise
         except Exception as error:  # Orbax raises many kinds
             raise self._unreadable(step, type(error).__name__) from error
