@@ -1,6 +1,5 @@
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +7,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from zerojax import models
+from zerojax.models.layers import Dropout
 
 KEY = jax.random.key(0, impl='rbg')  # compiles much faster
 IMAGES = np.random.default_rng(1).normal(size=(4, 8, 8, 3)).astype(np.float32)
@@ -72,7 +72,7 @@ def test_shortcut_reads_before_or_after_the_relu():
 
 def test_dropout_behind_the_stem_only():
     def zeros(dropout_at):
-        is_dropout = lambda module, _: isinstance(module, nn.Dropout)  # noqa: E731
+        is_dropout = lambda module, _: isinstance(module, Dropout)  # noqa: E731
         _, variables = start(is_dropout, depth=7, dropout=0.5, dropout_at=dropout_at)
         outputs = flatten_dict(variables['intermediates'])
         return {path[:-1]: jnp.mean(output == 0) for path, (output,) in outputs.items()}

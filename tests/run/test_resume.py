@@ -68,7 +68,8 @@ def test_metrics_are_those_that_the_checkpoint_presumes(toy_config, stopped, pro
     }[change]
     assert changed != lines
     file.write_text(''.join(changed))
-    refused(toy_config, workdir, programs, r'metrics\.jsonl is not the one that .* step 18')
+    message = 'is empty' if change == 'no lines' else 'is not the one that .* step 18'
+    refused(toy_config, workdir, programs, rf'metrics\.jsonl {message}')
 
 
 def test_lines_beyond_the_checkpoint_may_be_any(toy_config, stopped, programs):

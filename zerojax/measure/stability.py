@@ -240,7 +240,13 @@ def _push_along(
 
     def transverse(tangents: Tree) -> Tree:
         params, rest = tangents
-        return jax.vmap(lambda x: symmetry.transverse(x, feature_axes, orbits))(params), rest
+        parts = jax.vmap(lambda x: symmetry.transverse(x, feature_axes, orbits))(params)
+        # Equal features of which none is finite have a transverse part of 0, but are no tangent.
+        return jax.tree.map(
+            lambda part, x: jnp.where(jnp.all(jnp.isfinite(x)), part, jnp.full_like(part, jnp.nan)),
+            parts,
+            params,
+        ), rest
 
     def start(tangents: Tree) -> Any:
         basis, r = _orthonormalised(transverse(tangents))
