@@ -139,6 +139,7 @@ def test_every_kind_is_among_those_traced():
     assert set(perturb.KINDS) == {each.split(',')[0] for each in PERTURBATIONS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['mlp', 'constnet', 'leakynet', 'wideresnet', 'fixup'])
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float64'])
 def test_two_steps_with_all_at_once_end_in_finite_weights(tiny_config, dtype, name):
@@ -173,6 +174,7 @@ def process_wide(x64):
     jax.config.update('jax_enable_x64', before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', ['float32', 'float64'])
 def test_the_mode_that_a_run_is_started_in_changes_nothing(small_config, tmp_path, dtype):
     small_config.param_dtype = dtype

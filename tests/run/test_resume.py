@@ -105,9 +105,11 @@ def test_how_a_path_is_spelled_is_no_matter(toy_config, tmp_path, programs, spel
     toy_config.num_steps = 3
     train(toy_config, tmp_path / 'dense', programs)
     toy_config.pruning.source = str(tmp_path / 'dense')
-    first = train(toy_config, tmp_path / 'ticket')
+    tickets = Programs()
+    first = train(toy_config, tmp_path / 'ticket', tickets)
     toy_config.pruning.source = spelling.format(tmp_path / 'dense')
-    assert train(toy_config, tmp_path / 'ticket')['params_sha256'] == first['params_sha256']
+    again = train(toy_config, tmp_path / 'ticket', tickets)
+    assert again['params_sha256'] == first['params_sha256']
     toy_config.pruning.source = str(tmp_path)
     refused(toy_config, tmp_path / 'ticket', programs, r'pruning\.source is')
 
