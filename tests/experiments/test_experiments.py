@@ -118,6 +118,7 @@ def test_every_experiment_ends_in_a_table_and_a_figure(module, experiment, monke
     assert (experiment.workdir / 'figure.png').exists()
 
 
+@pytest.mark.slow
 def test_signal(experiment, monkeypatch):
     monkeypatch.setattr(signal, 'DEPTH', 10)
     networks = {name: signal.NETWORKS[name] for name in ('ConstNet', 'Wide ResNet, Fixup')}

@@ -216,6 +216,7 @@ def test_every_network_trains(tiny_config, tmp_path, name):
     assert evals[-1]['loss'] < evals[0]['loss']
 
 
+@pytest.mark.slow
 def test_the_papers_options_together(toy_config):
     """Each of them acts: without it the weights are others after two steps."""
     toy_config.dataset.augment = True
@@ -261,6 +262,7 @@ def test_frozen_layers_stay_as_they_start_and_the_others_do_not(tiny_config, tmp
         assert (x == after[path]).all() == frozen, path
 
 
+@pytest.mark.slow
 def test_a_lottery_ticket_is_pruned_rewound_and_stays_pruned(tiny_config, tmp_path):
     tiny_config.keep_checkpoints_at = (0, 5)
     other_network(tiny_config, 'mlp')
