@@ -58,7 +58,8 @@ def exit_status(command: Callable[[], object]) -> int:
         return 1
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         reason = (str(error).splitlines() or ['MemoryError'])[0]
-        if not (isinstance(error, MemoryError) or 'Out of memory' in reason):
+        out_of_memory = 'Out of memory' in reason or 'RESOURCE_EXHAUSTED' in reason
+        if not (isinstance(error, MemoryError) or out_of_memory):
             raise
         _print_error(
             f'memory does not suffice ({reason}); try a smaller batch_size, model.width or '
