@@ -112,6 +112,7 @@ def test_what_processes_write_is_read_to_the_bit(tmp_path):
     assert all(spread.distinct == 1 for spread in noise.noise_floor([tensors, read]).values())
 
 
+@pytest.mark.slow
 def test_the_step_is_the_run_s_own_and_has_no_scatter(tiny_config):
     """The loss uses one-hot labels and images are pooled by the mean, so nothing adds by index."""
     tiny_config.dataset.augment = True

@@ -118,7 +118,7 @@ def test_a_batched_program_keeps_exact_symmetry_and_knows_when_it_broke(toy_conf
     assert small['broken_at_step'] == large['broken_at_step'] == 13
 
 
-@pytest.mark.parametrize('at_once', [1, 2])
+@pytest.mark.parametrize('at_once', [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_sweep_that_is_stopped_goes_on_to_the_same_weights(
     toy_config, tmp_path, monkeypatch, at_once
 ):

@@ -261,6 +261,7 @@ def test_features_start_on_a_kink_behind_the_relu_alone(config, tmp_path, monkey
     assert onset.steps_on_kinks(counted['post_relu']) == 1
 
 
+@pytest.mark.slow
 def test_the_prediction_is_that_of_the_run(toy_config, tmp_path):
     """Without a kink, and before anything grows large, in float64."""
     config = toy_config

@@ -22,10 +22,24 @@ def programs():
     return Programs()
 
 
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    """A run of 24 steps and its summary, trained once; to be copied."""
+    workdir, summaries = tmp_path_factory.mktemp('finished'), {}
+
+    def train_once(config, programs):
+        if not summaries:
+            summaries['of it'] = train(config, workdir, programs)
+        return workdir, summaries['of it']
+
+    return train_once
+
+
 @pytest.fixture
-def stopped(toy_config, tmp_path, programs):
+def stopped(toy_config, tmp_path, programs, finished):
     """A run that was left at step 18 of 24, and how it would have ended."""
-    summary = train(toy_config, tmp_path / 'run', programs)
+    workdir, summary = finished(toy_config, programs)
+    shutil.copytree(workdir, tmp_path / 'run')
     shutil.rmtree(tmp_path / 'run' / 'checkpoints' / '24')
     (tmp_path / 'run' / 'summary.json').unlink()
     return tmp_path / 'run', summary
