@@ -251,6 +251,7 @@ def test_a_seed_that_never_starts_is_drawn_as_such(experiment):
     assert list(crosses.get_xdata()) == [1e-30, 1e-6]
 
 
+@pytest.mark.slow
 def test_features_start_on_a_kink_behind_the_relu_alone(config, tmp_path, monkeypatch):
     monkeypatch.setattr(onset, 'KINK_STEPS', 1)
     counted = {}

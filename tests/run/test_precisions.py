@@ -111,6 +111,7 @@ def primitives(jaxpr):
             yield from primitives(inner)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('fields', FIELDS, ids=text)
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float64'])
 def test_a_step_can_be_traced_keeps_its_dtypes_and_draws_nothing_of_64_bits(

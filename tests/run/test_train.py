@@ -377,6 +377,7 @@ def test_weights_that_are_not_finite_at_the_start_are_an_error(toy_config, tmp_p
         train(toy_config, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float64'])
 def test_a_run_of_another_precision_resumes_to_the_same_weights(tiny_config, tmp_path, dtype):
     tiny_config.param_dtype = dtype

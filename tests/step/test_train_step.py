@@ -140,7 +140,7 @@ def test_projection_removes_asymmetry_and_changes_nothing_where_there_is_none():
 
 
 def test_how_steps_are_split_into_calls_does_not_change_a_bit():
-    model, tx, _, _ = setup()
+    model, tx, _, _ = setup(**TOY)
     data = jax.tree.map(lambda *x: jnp.stack(x), *batches(10))
     function = step.train_step_function(
         model, tx, perturbation=perturb.Perturbation('gaussian', 1e-6)
