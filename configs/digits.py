@@ -18,10 +18,8 @@ def get_config() -> ConfigDict:
     config.log_every_steps = 5
     config.eval_every_steps = 50
     config.checkpoint_every_steps = 100
-    config.steps_per_call = 11  # an epoch
     config.model.depth = 10
     config.model.width = 1
-    config.model.convolution = 'patches'
     config.dataset.name = 'digits'
     config.perturbation.kind = 'gaussian'
     config.perturbation.scale = 1e-6

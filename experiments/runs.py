@@ -88,9 +88,6 @@ def main(
         if number > MAX_SEEDS:
             raise UsageError(f'--seeds={number}: must be at most {MAX_SEEDS}')
         cli.make_folder(workdir)
-        # Runs that differ only in their seed share executables.
-        jax.config.update('jax_compilation_cache_dir', str(workdir / 'compilation_cache'))
-        jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
         command = ' '.join(['python -m', f'experiments.{name}', *argv[1:]])
         run(Experiment(name, command, config, workdir, number))
 

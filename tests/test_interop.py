@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from zerojax import interop, models, step
-from zerojax.models import layers
+from zerojax.models import convolutions
 from zerojax.step import optimizer
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
@@ -65,7 +65,7 @@ def numbers_in_a_channel(golden, name):
     return 8 * side**2
 
 
-@pytest.mark.parametrize('convolution', layers.CONVOLUTIONS)
+@pytest.mark.parametrize('convolution', convolutions.CONVOLUTIONS)
 def test_three_updates_follow_the_reference(golden, convolution):
     """Logits, losses, every gradient, every weight and the running averages."""
     with jax.enable_x64(True):

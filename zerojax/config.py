@@ -53,7 +53,7 @@ def default_config() -> ConfigDict:
     config.model.dropout = 0.0  # rate after each block convolution
     config.model.dropout_at = 'blocks'  # or 'stem': behind constnet's stem only
     config.model.shortcut = 'post_relu'  # as the paper's code; or 'pre_relu'
-    config.model.convolution = 'direct'  # or 'patches', a matrix product: fast on CPUs at 8x8
+    config.model.convolution = 'auto'  # what is fast here; or 'direct', 'patches', 'mixed'
     config.model.precision = 'highest'  # of products; or 'high', 'default': TF32, bfloat16
     config.model.dtype = config_dict.placeholder(str)  # 'bfloat16': mixed precision; null: none
 

@@ -36,7 +36,7 @@ from zerojax.host import records
 from zerojax.host.command import run_command
 from zerojax.host.errors import RunError
 from zerojax.host.stop import raise_on_signals
-from zerojax.models.layers import convolve_direct, convolve_patches
+from zerojax.models.convolutions import convolve_direct, convolve_patches
 from zerojax.run import cli
 from zerojax.step.determinism import jit_in_mode
 

@@ -21,7 +21,7 @@ import optax
 from zerojax import models, step
 from zerojax.host.command import run_command
 from zerojax.host.stop import exit_on_signals
-from zerojax.models import layers
+from zerojax.models import convolutions
 from zerojax.run import checks, cli, data
 from zerojax.run.building import scalars_of
 from zerojax.run.program import Program
@@ -85,7 +85,7 @@ def run(argv: list[str]) -> None:
     print('| images | batch | convolution | steps_per_call | ms a step |')
     print('| --- | --- | --- | --- | --- |')
     for size, channels, batch_size in ((8, 1, 128), (32, 3, 64)):
-        for convolution in layers.CONVOLUTIONS:
+        for convolution in convolutions.CONVOLUTIONS:
             for steps_per_call in (1, 11):
                 times = milliseconds_a_step(size, channels, batch_size, convolution, steps_per_call)
                 print(

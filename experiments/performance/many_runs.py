@@ -15,6 +15,7 @@ default. docs/performance.md keeps the results.
 """
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -68,7 +69,10 @@ def sweep_seconds(flags: list[str], workdir: pathlib.Path, number: int) -> tuple
     folder = tempfile.mkdtemp(prefix=f'sweep_{number}_', dir=workdir)
     command = [sys.executable, '-m', 'zerojax.sweep', *flags, f'--workdir={folder}']
     began = time.perf_counter()
-    done = subprocess.run([*command, f'--seeds={number}'], capture_output=True, text=True)
+    without_cache = os.environ | {'JAX_ENABLE_COMPILATION_CACHE': 'false'}
+    done = subprocess.run(
+        [*command, f'--seeds={number}'], capture_output=True, text=True, env=without_cache
+    )
     seconds = time.perf_counter() - began
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ['no message'])[-1]

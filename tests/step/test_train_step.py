@@ -17,6 +17,7 @@ from zerojax.step import optimizer
     [
         ('direct', 'post_relu', 1), ('direct', 'pre_relu', 2),
         ('patches', 'post_relu', 2), ('patches', 'pre_relu', 1),
+        ('mixed', 'post_relu', 1), ('mixed', 'pre_relu', 2),
     ],
 )  # fmt: skip
 def test_without_perturbation_features_stay_bitwise_identical(convolution, shortcut, width):

@@ -37,6 +37,9 @@ def exit_status(command: Callable[[], object]) -> int:
     import jax
     from absl import logging
 
+    from zerojax.host.compilation_cache import use_compilation_cache
+
+    use_compilation_cache()
     # Orbax and TFDS warn of what is normal here, and log errors that they raise as well. Orbax
     # leaves reads behind when one of them fails.
     warnings.filterwarnings('ignore', 'coroutine .* was never awaited', RuntimeWarning)

@@ -16,7 +16,7 @@ from jax.nn.initializers import Initializer, delta_orthogonal, he_normal, zeros
 
 from zerojax.models import initializers
 from zerojax.models.arguments import require, require_default, require_depth, require_one_of
-from zerojax.models.layers import CONVOLUTIONS, ModuleDef
+from zerojax.models.layers import ModuleDef
 from zerojax.models.network import Place, StagedNetwork, conv_axes, head, norm_axes
 
 INITS = ('averaging', 'random', 'he', 'delta_orthogonal', 'hadamard')
@@ -128,6 +128,6 @@ def create(
         sigma_w = 1.0 if init == 'random' else 0.0
     require(0 <= sigma_w <= 1e6, 'sigma_w', sigma_w, 'must be from 0 to 1e6')
     return ConstNet(
-        depth, width, num_classes, init, dropout, CONVOLUTIONS[convolution], precision, dtype,
+        depth, width, num_classes, init, dropout, convolution, precision, dtype,
         sigma_w=sigma_w, dropout_at=dropout_at, shortcut=shortcut,
     )  # fmt: skip

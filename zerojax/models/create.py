@@ -6,7 +6,8 @@ from collections.abc import Callable
 from zerojax.models import constnet, leakynet, mlp, wide_resnet
 from zerojax.models.arguments import require, require_default, require_one_of
 from zerojax.models.constnet import DROPOUT_PLACES, SHORTCUTS, ConstNet
-from zerojax.models.layers import CONVOLUTIONS, PRECISIONS
+from zerojax.models.convolutions import CHOICES
+from zerojax.models.layers import PRECISIONS
 from zerojax.models.leakynet import LeakyNet
 from zerojax.models.mlp import MLP
 from zerojax.models.wide_resnet import WideResNet
@@ -37,7 +38,7 @@ def create(
     sigma_w: float | None = None,
     negative_slope: float = 0.01,
     unique_features: int | None = None,
-    convolution: str = 'direct',
+    convolution: str = 'auto',
     precision: str = 'highest',
     dtype: str | None = None,
 ) -> Network:
@@ -63,8 +64,10 @@ def create(
             (default 1).
         negative_slope: of the leaky ReLU of 'leakynet', 0 or from 1e-6 to below 1.
         unique_features: of 'mlp' with init 'random', from 1 to `width` (default: all).
-        convolution: how a convolution is computed: 'direct' (XLA's convolution) or 'patches' (one
-            matrix product). Equal up to rounding; which is faster depends on size and device.
+        convolution: how a convolution is computed: 'direct' (XLA's convolution), 'patches' (one
+            matrix product), 'mixed' (each pass as is fastest on a CPU, with BatchNorm's sums as
+            products too) or 'auto': 'mixed' on CPUs, else 'direct'. Equal up to rounding. On CPUs
+            'direct' and 'mixed' are slow inside of loops and `jax.vmap`; there take 'patches'.
             'mlp' has no use for it.
         precision: of all products, forward and backward, see `jax.lax.Precision`: 'highest' (of
             float32 in float32), 'high' or 'default'. With 'default' GPUs round the factors to TF32
@@ -80,7 +83,7 @@ def create(
     require_one_of(NETWORKS, 'name', arguments.pop('name'))
     require_one_of(DROPOUT_PLACES, 'dropout_at', dropout_at)
     require_one_of(SHORTCUTS, 'shortcut', shortcut)
-    require_one_of(CONVOLUTIONS, 'convolution', convolution)
+    require_one_of(CHOICES, 'convolution', convolution)
     require_one_of(PRECISIONS, 'precision', precision)
     require(dtype in DTYPES, 'dtype', dtype, 'must be None or bfloat16')
     require(1 <= width <= 2**20, 'width', width, f'must be from 1 to {2**20}')

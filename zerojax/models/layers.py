@@ -11,51 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# (x, kernel, stride, precision) -> out; the gradients' products have the same precision
-Convolve = Callable[[jax.Array, jax.Array, int, str], jax.Array]
+from zerojax.models.convolutions import Convolve
+
 PRECISIONS = ('highest', 'high', 'default')  # of products, see `jax.lax.Precision`
 ModuleDef = Callable[..., Any]  # makes a layer; a block is handed those that it is made of
-
-
-def convolve_direct(
-    x_BxHxWxC: jax.Array, kernel: jax.Array, stride: int, precision: str = 'highest'
-) -> jax.Array:
-    """Convolution padded by k // 2 on all sides (not Flax's 'SAME', which differs at stride 2)."""
-    pad = kernel.shape[0] // 2
-    return lax.conv_general_dilated(
-        x_BxHxWxC,
-        kernel,
-        window_strides=(stride, stride),
-        padding=((pad, pad), (pad, pad)),
-        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-        precision=precision,
-    )
-
-
-def convolve_patches(
-    x_BxHxWxC: jax.Array, kernel: jax.Array, stride: int, precision: str = 'highest'
-) -> jax.Array:
-    """The same convolution as one matrix product: patches [B, H, W, k·k·C] times kernel."""
-    size, _, c_in, c_out = kernel.shape
-    pad = size // 2
-    x = jnp.pad(x_BxHxWxC, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    batch, height, width, _ = x.shape
-    out_height, out_width = (height - size) // stride + 1, (width - size) // stride + 1
-    taps = [
-        lax.slice(
-            x,
-            (0, i, j, 0),
-            (batch, i + stride * (out_height - 1) + 1, j + stride * (out_width - 1) + 1, c_in),
-            (1, stride, stride, 1),
-        )
-        for i in range(size)
-        for j in range(size)
-    ]
-    matrix = kernel.reshape(size * size * c_in, c_out)
-    return jnp.matmul(jnp.concatenate(taps, axis=-1), matrix, precision=precision)
-
-
-CONVOLUTIONS: dict[str, Convolve] = {'direct': convolve_direct, 'patches': convolve_patches}
 
 
 class Conv(nn.Module):

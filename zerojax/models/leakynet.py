@@ -13,7 +13,7 @@ from jax.nn.initializers import Initializer
 
 from zerojax.models import initializers
 from zerojax.models.arguments import require_depth
-from zerojax.models.layers import CONVOLUTIONS, ModuleDef, Scalar
+from zerojax.models.layers import ModuleDef, Scalar
 from zerojax.models.network import Place, StagedNetwork, conv_axes, head, norm_axes
 
 
@@ -97,7 +97,7 @@ def create(
     require_depth(LeakyNet.layers_per_block, depth)
     check_letters(init, depth)
     return LeakyNet(
-        depth, width, num_classes, init, dropout, CONVOLUTIONS[convolution], precision, dtype,
+        depth, width, num_classes, init, dropout, convolution, precision, dtype,
         negative_slope=negative_slope,
     )  # fmt: skip
 

@@ -15,7 +15,9 @@ from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.nn.initializers import zeros
 
-from zerojax.models.layers import Conv, Convolve, ModuleDef, convolve_direct, dropout
+from zerojax.models import convolutions
+from zerojax.models.batch_norm import BatchNorm
+from zerojax.models.layers import Conv, ModuleDef, dropout
 
 STEM_FEATURES = 16
 
@@ -54,7 +56,7 @@ class StagedNetwork(nn.Module):
     num_classes: int
     weight_init: str
     dropout: float = 0.0
-    convolve: Convolve = convolve_direct
+    convolution: str = 'auto'
     precision: str = 'highest'
     dtype: str | None = None
     feature_counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -134,11 +136,15 @@ class StagedNetwork(nn.Module):
         The paper's BatchNorm: running averages keep 0.9 a step. Statistics are computed in float32
         or better; what it returns is rounded to `dtype`.
         """
+        convolution = convolutions.resolve(self.convolution)
         conv = functools.partial(
-            Conv, convolve=self.convolve, precision=self.precision, dtype=self.dtype
+            Conv,
+            convolve=convolutions.CONVOLUTIONS[convolution],
+            precision=self.precision,
+            dtype=self.dtype,
         )
         norm = functools.partial(
-            nn.BatchNorm,
+            BatchNorm if convolution == 'mixed' else nn.BatchNorm,
             use_running_average=not train,
             momentum=0.9,
             epsilon=1e-5,

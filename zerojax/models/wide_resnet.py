@@ -13,7 +13,7 @@ from jax.nn.initializers import he_normal, zeros
 
 from zerojax.models import initializers
 from zerojax.models.arguments import require_depth, require_one_of
-from zerojax.models.layers import CONVOLUTIONS, ModuleDef, Scalar
+from zerojax.models.layers import ModuleDef, Scalar
 from zerojax.models.network import Place, StagedNetwork, conv_axes, head, norm_axes
 
 INITS = ('he', 'fixup')
@@ -140,6 +140,4 @@ def create(
     """See `models.create`."""
     require_depth(WideResNet.layers_per_block, depth)
     require_one_of(INITS, 'init', init)
-    return WideResNet(
-        depth, width, num_classes, init, dropout, CONVOLUTIONS[convolution], precision, dtype
-    )
+    return WideResNet(depth, width, num_classes, init, dropout, convolution, precision, dtype)

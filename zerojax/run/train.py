@@ -78,7 +78,7 @@ def train_runs(
         for config, _ in runs:
             config_lib.check(config)
         dataset = programs.dataset(runs[0][0])
-        configs = [resolve(config, dataset) for config, _ in runs]
+        configs = [resolve(config, dataset, batched=batched) for config, _ in runs]
         workdirs = [workdir for _, workdir in runs]
         config = configs[0]  # the others differ in scalars and pruning alone
         check_backend(config.determinism.mode)
