@@ -2,9 +2,10 @@ import importlib.util
 import itertools
 import pathlib
 
+import jax
 import pytest
 
-from zerojax.config import check, default_config
+from zerojax.config import build_model, check, convolution_of, default_config
 from zerojax.host.errors import UsageError
 from zerojax.run.cli import count, name_of, parse, parse_flags, text_flags
 
@@ -37,7 +38,7 @@ def test_the_fixture_is_right(config):
         ('perturbation.scale', 1e-300, 'from 1e-37'), ('dataset.std', (1e300,), r'to 3e\+38'),
         ('optimizer.learning_rate', 1e300, '1e-37 to'),
         ('model.dropout', 1.0, 'below 1'), ('model.shortcut', 'x', 'post_relu, pre_relu'),
-        ('model.convolution', 'x', 'direct, patches'),
+        ('model.convolution', 'x', 'auto, direct, patches, mixed'),
         ('dataset.name', 'imagenet', 'digits, cifar10, cifar100, fashion_mnist'),
         ('dataset.mean', (1.0,), 'as many'), ('dataset.std', (0.0,), 'above 0'),
         ('dataset.mean', ('a',), 'tuple of numbers'),
@@ -166,3 +167,28 @@ def test_a_number_may_be_as_small_as_the_precision_of_the_run_has_it(config):
     config.perturbation.scale = 1e-308
     with pytest.raises(UsageError, match=r'perturbation\.scale=1e-308: must be 0, or .* 1e-307'):
         check(config)
+
+
+@pytest.mark.parametrize(
+    'steps_per_call,batched,expected',
+    [(1, False, 'mixed'), (1, True, 'patches'), (2, False, 'patches')],
+)
+def test_auto_becomes_the_convolution_that_is_fast_for_the_run(
+    config, steps_per_call, batched, expected
+):
+    config.steps_per_call = steps_per_call
+    model = build_model(config, 10, batched=batched)
+    assert convolution_of(config, batched=batched) == model.convolution == expected
+    assert config.model.convolution == 'auto', 'as a run says it that may go on elsewhere'
+    config.model.convolution = 'direct'
+    assert build_model(config, 10, batched=batched).convolution == 'direct'
+
+
+def test_a_config_is_checked_before_anything_asks_for_a_device(config, monkeypatch):
+    """Several processes join only then."""
+
+    def no_device():
+        raise AssertionError('asked for a device')
+
+    monkeypatch.setattr(jax, 'default_backend', no_device)
+    check(config)

@@ -171,8 +171,9 @@ def screen(config: ConfigDict, verdict: step_audit.Verdict) -> list[str]:
         f'machine   {machine["backend"]}: {machine["device_count"]} x {machine["device_kind"]}, '
         f'{machine["cpu_count"]} CPU cores; jax {versions["jax"]}, jaxlib {versions["jaxlib"]}',
         f'mode      {mode}; compiler options: {options}',
-        f'step      {config.param_dtype}, batch {config.batch_size}, {config.model.convolution} '
-        f'convolution, steps_per_call {config.steps_per_call}, {config.optimizer.name}',
+        f'step      {config.param_dtype}, batch {config.batch_size}, convolutions '
+        f'{config_lib.convolution_of(config)}, steps_per_call {config.steps_per_call}, '
+        f'{config.optimizer.name}',
         'weights   random, N(0, 1) / fan_in, equal within each orbit of features; no perturbation',
         '',
         *verdict.table(),

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict, config_dict
 
 from zerojax import models, perturb
 from zerojax.host.errors import UsageError
+from zerojax.models import convolutions
 from zerojax.step import determinism, pruning
 
 DATASETS = (
@@ -258,7 +259,7 @@ def check(config: ConfigDict) -> None:
             f'dataset.mean={config.dataset.mean!r}: needs as many numbers as '
             f'dataset.std={config.dataset.std!r}'
         )
-    build_model(config, num_classes=1)
+    _create_model(dict(config.model), num_classes=1)
     build_perturbation(config)
 
 
@@ -338,17 +339,32 @@ def read(file: pathlib.Path) -> ConfigDict:
     return config
 
 
+def convolution_of(config: ConfigDict, *, batched: bool = False) -> str:
+    """How the run computes its convolutions: `model.convolution`, resolved if it is 'auto'.
+
+    `batched` runs are computed at once, see `zerojax.run.program`.
+    """
+    unrolled = config.steps_per_call == 1 and not batched
+    return convolutions.resolve(config.model.convolution, unrolled=unrolled)
+
+
 def build_model(
-    config: ConfigDict, num_classes: int, *, dropout: float | None = None
+    config: ConfigDict, num_classes: int, *, dropout: float | None = None, batched: bool = False
 ) -> models.Network:
     """The config's network, with another rate of dropout if one is given.
+
+    `batched` as in `convolution_of`.
 
     Raises:
         UsageError: names the field of `config.model` that is wrong.
     """
-    fields = dict(config.model)
+    fields = dict(config.model) | {'convolution': convolution_of(config, batched=batched)}
     if dropout is not None:
         fields['dropout'] = dropout
+    return _create_model(fields, num_classes)
+
+
+def _create_model(fields: dict[str, Any], num_classes: int) -> models.Network:
     try:
         return models.create(**fields, num_classes=num_classes)
     except ValueError as error:

@@ -74,16 +74,20 @@ def multiplications(row: Row) -> int:
     return count + features * 10
 
 
-@pytest.mark.parametrize(('size', 'channels', 'share'), [(8, 1, 1.2), (16, 3, 0.95)])
-def test_flops_are_those_of_one_step(size, channels, share):
+@pytest.mark.parametrize(
+    ('size', 'channels', 'steps', 'share'), [(8, 1, 11, 1.2), (8, 1, 1, 1.05), (16, 3, 1, 0.95)]
+)
+def test_flops_are_those_of_one_step(size, channels, steps, share):
     """Twice the multiplications, three times: forward, and backward to inputs and weights.
 
-    A call makes several steps of 8x8 images. Patches are multiplied at the padding too, direct
-    convolutions are not; all else is little.
+    Also of a call that makes several. Patches, which these take and the smallest images, are
+    multiplied at the padding too, direct convolutions are not; all else is little.
     """
     row = Row(7, 1, size, channels, batch_size=128, precision='float32')
+    config = benchmark.build_config(row)
+    config.steps_per_call = steps
     with jax.numpy_dtype_promotion('standard'):
-        stepper = measuring.Stepper(benchmark.build_config(row), benchmark.random_dataset(row))
+        stepper = measuring.Stepper(config, benchmark.random_dataset(row))
     flops = stepper.executable.cost_analysis()['flops']
     assert flops == pytest.approx(share * 6 * multiplications(row) * row.batch_size, rel=0.1)
 

@@ -49,7 +49,7 @@ LIKELY_TEXTS = {
     'determinism.mode': 'hardware deterministic',
     'keep_checkpoints_at': '(0,) (5,5) (10000,)',
     'mesh.data': '1 2 2147483647',
-    'model.convolution': 'direct patches',
+    'model.convolution': 'auto direct patches mixed',
     'model.depth': '1 4 7 10 16 22 9998',
     'model.dropout': '0.0 0.5',
     'model.dropout_at': 'stem blocks',

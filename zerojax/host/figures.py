@@ -1,11 +1,26 @@
 """Figures of one run."""
 
+import contextlib
 import io
 import pathlib
+import threading
 from typing import Any
 
 from zerojax.host import objectstore
 from zerojax.host.records import Record, replace_file
+
+
+def import_in_background() -> None:
+    """Begins to import Matplotlib, which takes a second or more; whoever draws waits for the end.
+
+    If it cannot be imported, that is for the one who draws to say.
+    """
+
+    def import_it() -> None:
+        with contextlib.suppress(ImportError):
+            import matplotlib.backends.backend_agg  # noqa: F401
+
+    threading.Thread(target=import_it, name='import of Matplotlib').start()
 
 
 def draw_run(lines: list[Record], broken_at_step: int | None, path: pathlib.Path) -> None:

@@ -1,7 +1,8 @@
 """What the paper measures, as pure functions of kernels, activations and gradients.
 
 Kernels are [..., c_in, c_out], activations and their gradients [..., C] with features last, of any
-float dtype; results are float32, or float64 for such input. The definitions of correlation,
+float dtype; results are float32, or float64 for such input. Of kernels in NumPy's arrays they are
+computed by NumPy. The definitions of correlation,
 diversity and feature variance are those of the paper's code (github.com/yanivbl6/BeyondSigProp,
 correlation.py and remodel.py); `layer_outputs` gets the activations and gradients of any Linen
 model.
@@ -14,6 +15,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict
 
 from zerojax.step.precision import at_least_float32
@@ -30,31 +32,38 @@ def mean_correlation(rows: jax.Array) -> jax.Array:
     result is NaN. Costs n·m operations: the sum over pairs of unit vectors is the squared norm of
     their sum, less n. Raises ValueError if there are less than two rows.
     """
-    n = len(rows)
+    n, xp = len(rows), _namespace(rows)
     if n < 2:
         raise ValueError(f'a correlation between rows needs two of them, not shape {rows.shape}')
     rows = rows.astype(at_least_float32(rows.dtype))
-    span = jnp.max(rows, axis=1, keepdims=True) - jnp.min(rows, axis=1, keepdims=True)
+    span = xp.max(rows, axis=1, keepdims=True) - xp.min(rows, axis=1, keepdims=True)
     varies = span > 0
-    centred = (rows - jnp.mean(rows, axis=1, keepdims=True)) / jnp.where(varies, span, 1)
-    norm = jnp.sqrt(jnp.sum(centred**2, axis=1, keepdims=True))  # of order 1: nothing underflows
-    unit = jnp.where(varies, centred / jnp.where(varies, norm, 1), 0)
-    v = jnp.sum(varies, dtype=rows.dtype)
-    sum_of_valid = jnp.sum(jnp.sum(unit, axis=0) ** 2) - v
+    centred = (rows - xp.mean(rows, axis=1, keepdims=True)) / xp.where(varies, span, 1)
+    norm = xp.sqrt(xp.sum(centred**2, axis=1, keepdims=True))  # of order 1: nothing underflows
+    unit = xp.where(varies, centred / xp.where(varies, norm, 1), 0)
+    v = xp.sum(varies, dtype=rows.dtype)
+    sum_of_valid = xp.sum(xp.sum(unit, axis=0) ** 2) - v
     pairs = float(n * (n - 1))  # of many rows more than an int32 holds
     return (sum_of_valid + pairs - v * (v - 1)) / pairs
+
+
+def _namespace(x: Any = None) -> Any:
+    """The module whose functions take such arrays, NumPy or jax.numpy."""
+    return np if isinstance(x, np.ndarray | np.generic) else jnp
 
 
 def forward_correlation(kernel: jax.Array) -> jax.Array:
     """Mean correlation between the output features of a kernel [..., c_in, c_out], each a vector of
     all its incoming weights; float []. See `mean_correlation`."""
-    return mean_correlation(jnp.moveaxis(kernel, -1, 0).reshape(kernel.shape[-1], -1))
+    rows = _namespace(kernel).moveaxis(kernel, -1, 0)
+    return mean_correlation(rows.reshape(kernel.shape[-1], -1))
 
 
 def backward_correlation(kernel: jax.Array) -> jax.Array:
     """Mean correlation between the input features of a kernel [..., c_in, c_out], each a vector of
     all its outgoing weights; float []. See `mean_correlation`."""
-    return mean_correlation(jnp.moveaxis(kernel, -2, 0).reshape(kernel.shape[-2], -1))
+    rows = _namespace(kernel).moveaxis(kernel, -2, 0)
+    return mean_correlation(rows.reshape(kernel.shape[-2], -1))
 
 
 def diversity(backward_correlations: jax.Array) -> jax.Array:
@@ -63,8 +72,9 @@ def diversity(backward_correlations: jax.Array) -> jax.Array:
     0 if no kernel's slices are correlated, minus infinity if those of any are identical. As far as
     the arithmetic knows: in float32 c is then 1 to within about 1e-7, which may add -7 instead.
     """
-    c = backward_correlations
-    return jnp.sum(jnp.log(jnp.sqrt(jnp.maximum((1 - c) * (1 + c), 0))))
+    c, xp = backward_correlations, _namespace(backward_correlations)
+    with np.errstate(divide='ignore'):
+        return xp.sum(xp.log(xp.sqrt(xp.maximum((1 - c) * (1 + c), 0))))
 
 
 def kernels_by_layer(params: Tree) -> dict[str, jax.Array]:
@@ -193,10 +203,11 @@ def of_kernels(params: Tree) -> dict[str, Any]:
     by_layer = kernels_by_layer(params)
     forward = {k: forward_correlation(x) for k, x in by_layer.items() if x.shape[-1] > 1}
     backward = {k: backward_correlation(x) for k, x in by_layer.items() if x.shape[-2] > 1}
+    correlations = list(backward.values())
     return {
         'forward_correlation': forward,
         'backward_correlation': backward,
-        'diversity': diversity(jnp.array(list(backward.values()))),
+        'diversity': diversity(_namespace(*correlations[:1]).asarray(correlations)),
     }
 
 

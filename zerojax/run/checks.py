@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 from zerojax import config as config_lib
 from zerojax import perturb, symmetry
 from zerojax.host.errors import UsageError
-from zerojax.models import convolutions
 from zerojax.run.building import Scalars, keeps_last, new_state, scalars_of, steps_per_epoch
 from zerojax.run.data import Dataset, channel_statistics
 from zerojax.step import TrainState, determinism
@@ -24,10 +23,8 @@ from zerojax.step.precision import numbers_of
 Tree = Any
 
 
-def resolve(config: ConfigDict, dataset: Dataset, *, batched: bool = False) -> ConfigDict:
-    """A copy of the config with everything that depends on data and machine filled in.
-
-    `batched` runs are computed at once, see `zerojax.run.program`.
+def resolve(config: ConfigDict, dataset: Dataset) -> ConfigDict:
+    """A copy of the config with everything that depends on the data filled in.
 
     Raises:
         UsageError: a field does not fit the data.
@@ -60,9 +57,6 @@ def resolve(config: ConfigDict, dataset: Dataset, *, batched: bool = False) -> C
             f'{dataset.train.images.shape[1:]}'
         )
     resolved = ConfigDict(config.to_dict())
-    resolved.model.convolution = convolutions.resolve(
-        config.model.convolution, unrolled=config.steps_per_call == 1 and not batched
-    )
     if resolved.num_steps is None:
         resolved.num_steps = config.num_epochs * steps_per_epoch(config, num_examples)
         if resolved.num_steps > config_lib.INT32:

@@ -4,7 +4,6 @@
 are computed at once; what is returned then has a leading axis [R].
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ from zerojax.host.records import Record
 from zerojax.measure import metrics
 from zerojax.models import Network
 from zerojax.run.data import Dataset, normalization
+from zerojax.run.executable import Executable
 from zerojax.step import TrainState, cross_entropy, eval_step_function, jit_in_mode
 from zerojax.step.batch import normalize
 
@@ -30,78 +30,93 @@ def one_run(function: Any, in_axes: Any = 0) -> Any:
     return function
 
 
-def make_evaluation(
-    config: ConfigDict,
-    dataset: Dataset,
-    model: Network,
-    for_all_runs: Any = one_run,
-    batch_sharding: jax.sharding.NamedSharding | None = None,
-) -> Callable[[TrainState], dict[str, Any]]:
-    """A function state -> {'loss', 'accuracy'}, means over the whole held-out set."""
-    mean, std = normalization(config)
-    eval_step = eval_step_function(model, lambda images: normalize(images, mean, std))
-    eval_step = jit_in_mode(for_all_runs(eval_step, (0, None, None)), config.determinism.mode)
-    split = dataset.eval
-    size = min(EVAL_BATCH_SIZE, len(split.labels))
-    size += -size % config.mesh.data
-    padding = -len(split.labels) % size
-    images = np.pad(split.images, ((0, padding), (0, 0), (0, 0), (0, 0)))
-    labels = np.pad(split.labels, (0, padding), constant_values=-1)
-    batches = [
-        jax.device_put((images[i : i + size], labels[i : i + size]), batch_sharding)
-        for i in range(0, len(labels), size)
-    ]
+class Evaluation:
+    """Called with a state: {'loss', 'accuracy'}, means over the whole held-out set."""
 
-    def evaluate(state: TrainState) -> dict[str, Any]:
-        variables = {'params': state.params, 'batch_stats': state.batch_stats}
-        sums = distributed.fetch([eval_step(variables, *batch) for batch in batches])
+    def __init__(
+        self,
+        config: ConfigDict,
+        dataset: Dataset,
+        model: Network,
+        for_all_runs: Any = one_run,
+        batch_sharding: jax.sharding.NamedSharding | None = None,
+    ) -> None:
+        mean, std = normalization(config)
+        eval_step = eval_step_function(model, lambda images: normalize(images, mean, std))
+        self._eval_step = Executable(
+            jit_in_mode(for_all_runs(eval_step, (0, None, None)), config.determinism.mode)
+        )
+        split = dataset.eval
+        self._number = len(split.labels)
+        size = min(EVAL_BATCH_SIZE, self._number)
+        size += -size % config.mesh.data
+        padding = -self._number % size
+        images = np.pad(split.images, ((0, padding), (0, 0), (0, 0), (0, 0)))
+        labels = np.pad(split.labels, (0, padding), constant_values=-1)
+        self._batches = [
+            jax.device_put((images[i : i + size], labels[i : i + size]), batch_sharding)
+            for i in range(0, len(labels), size)
+        ]
+
+    def compile(self, state: TrainState) -> None:
+        """Compiles what is called with such a state."""
+        self._eval_step.compile(_variables(state), *self._batches[0])
+
+    def __call__(self, state: TrainState) -> dict[str, Any]:
+        variables = _variables(state)
+        sums = distributed.fetch([self._eval_step(variables, *batch) for batch in self._batches])
         loss, correct = (
             np.sum([each[name] for each in sums], axis=0, dtype=np.float64)
             for name in ('loss', 'correct')
         )
-        return {'loss': loss / len(split.labels), 'accuracy': correct / len(split.labels)}
-
-    return evaluate
+        return {'loss': loss / self._number, 'accuracy': correct / self._number}
 
 
-def make_layer_measurement(
-    config: ConfigDict,
-    dataset: Dataset,
-    for_all_runs: Any = one_run,
-    batch_sharding: jax.sharding.NamedSharding | None = None,
-) -> Callable[[TrainState], Any]:
-    """A function state -> what the 'layers' lines of metrics.jsonl hold, as arrays on the host.
+class LayerMeasurement:
+    """Called with a state: size and features of every layer's output and of its gradient.
 
-    Activations and gradients are those of the mean loss over the first batch_size training images,
-    neither shuffled nor augmented, normalised by that batch and without dropout.
+    On the host. They are those of the mean loss over the first batch_size training images, neither
+    shuffled nor augmented, normalised by that batch and without dropout.
     """
-    model = config_lib.build_model(config, dataset.num_classes, dropout=0.0)
-    mean, std = normalization(config)
-    split = dataset.train
-    images = jax.device_put(split.images[: config.batch_size], batch_sharding)
-    labels = jax.device_put(split.labels[: config.batch_size], batch_sharding)
 
-    def measure(
-        params: Any, batch_stats: Any, images: jax.Array, labels: jax.Array
-    ) -> dict[str, Any]:
-        def loss() -> jax.Array:
-            logits, _ = model.apply(
-                {'params': params, 'batch_stats': batch_stats},
-                normalize(images, mean, std),
-                train=True,
-                mutable=['batch_stats'],
-            )
-            return jnp.mean(cross_entropy(logits, labels))
+    def __init__(
+        self,
+        config: ConfigDict,
+        dataset: Dataset,
+        batched: bool = False,
+        for_all_runs: Any = one_run,
+        batch_sharding: jax.sharding.NamedSharding | None = None,
+    ) -> None:
+        model = config_lib.build_model(config, dataset.num_classes, dropout=0.0, batched=batched)
+        mean, std = normalization(config)
+        split = dataset.train
+        images, labels = split.images[: config.batch_size], split.labels[: config.batch_size]
+        self._batch = jax.device_put((images, labels), batch_sharding)
 
-        outputs = metrics.layer_outputs(loss, model.layers())
-        return metrics.of_kernels(params) | metrics.of_layer_outputs(*outputs)
+        def measure(variables: Any, images: jax.Array, labels: jax.Array) -> dict[str, Any]:
+            def loss() -> jax.Array:
+                images_normalized = normalize(images, mean, std)
+                logits, _ = model.apply(
+                    variables, images_normalized, train=True, mutable=['batch_stats']
+                )
+                return jnp.mean(cross_entropy(logits, labels))
 
-    measure = jit_in_mode(for_all_runs(measure, (0, 0, None, None)), config.determinism.mode)
+            return metrics.of_layer_outputs(*metrics.layer_outputs(loss, model.layers()))
 
-    def measure_layers(state: TrainState) -> Any:
-        return distributed.fetch(measure(state.params, state.batch_stats, images, labels))
+        self._measure = Executable(
+            jit_in_mode(for_all_runs(measure, (0, None, None)), config.determinism.mode)
+        )
 
-    return measure_layers
+    def compile(self, state: TrainState) -> None:
+        """Compiles what is called with such a state."""
+        self._measure.compile(_variables(state), *self._batch)
+
+    def __call__(self, state: TrainState) -> Any:
+        return distributed.fetch(self._measure(_variables(state), *self._batch))
+
+
+def _variables(state: TrainState) -> dict[str, Any]:
+    return {'params': state.params, 'batch_stats': state.batch_stats}
 
 
 def as_record(measured: Any) -> Record:

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from zerojax import config as config_lib
 from zerojax import symmetry
 from zerojax.host import distributed
+from zerojax.measure import metrics
 from zerojax.run import data
 from zerojax.run.building import (
     Scalars,
@@ -35,7 +36,8 @@ from zerojax.run.building import (
     structure,
 )
 from zerojax.run.checks import check_memory
-from zerojax.run.evaluate import make_evaluation, make_layer_measurement
+from zerojax.run.evaluate import Evaluation, LayerMeasurement
+from zerojax.run.executable import Executable
 from zerojax.step import (
     Batch,
     Metrics,
@@ -45,6 +47,8 @@ from zerojax.step import (
     make_train_steps,
     train_step_function,
 )
+
+MEASURED_ON_HOST = 2**20  # numbers in the kernels of all runs
 
 
 class Program:
@@ -73,7 +77,7 @@ class Program:
         self.config = config
         self.dataset = dataset
         self.runs = runs
-        self.model = config_lib.build_model(config, dataset.num_classes)
+        self.model = config_lib.build_model(config, dataset.num_classes, batched=runs is not None)
         self._new_state = functools.partial(new_state, config, self.model, dataset.image_shape)
         check_memory(config, self._new_state)
         self.feature_axes = self.model.feature_axes()['params']
@@ -86,8 +90,6 @@ class Program:
         rest = len(dataset.train.labels) % config.batch_size
         self.last_is_smaller = keeps_last(config) and rest > 0
         self._jit = functools.partial(jit_in_mode, mode=config.determinism.mode)
-        self._executable: Any = None
-        self._last_executable: Any = None
 
     @functools.cached_property
     def examples(self) -> Batch:
@@ -141,6 +143,14 @@ class Program:
         """Jitted (state, source, count) -> (state, last metrics), see `step.make_train_steps`."""
         return self._make_train_steps(self.one_step, self.config.steps_per_call)
 
+    @functools.cached_property
+    def _train_steps(self) -> Executable:
+        return Executable(self.train_steps)
+
+    @functools.cached_property
+    def _last_step(self) -> Executable:
+        return Executable(self._make_train_steps(self.one_last_step, steps_per_call=1))
+
     def _make_train_steps(self, one_step: Any, steps_per_call: int) -> Any:
         whole: Any = None  # all runs read the same examples
         each: Any = 0
@@ -153,29 +163,40 @@ class Program:
         )
 
     @functools.cached_property
-    def evaluate(self) -> Callable[[TrainState], dict[str, Any]]:
+    def evaluate(self) -> Evaluation:
         """state -> {'loss', 'accuracy'} on the held-out set."""
-        return make_evaluation(
+        return Evaluation(
             self.config, self.dataset, self.model, self._for_all_runs, self._batch_sharding()
         )
 
     @functools.cached_property
-    def measure_layers(self) -> Callable[[TrainState], Any]:
-        """state -> what the 'layers' lines of metrics.jsonl hold, on the host."""
-        return make_layer_measurement(
-            self.config, self.dataset, self._for_all_runs, self._batch_sharding()
+    def measure_layers(self) -> LayerMeasurement:
+        """state -> `metrics.of_layer_outputs`, on the host."""
+        return LayerMeasurement(
+            self.config,
+            self.dataset,
+            self.runs is not None,
+            self._for_all_runs,
+            self._batch_sharding(),
         )
 
     @functools.cached_property
-    def measure_asymmetry(self) -> Callable[[Any], dict[str, jax.Array]]:
-        """Jitted params -> asymmetry of each layer."""
-        return self._jit(
-            self._for_all_runs(
-                functools.partial(
-                    symmetry.asymmetry, feature_axes=self.feature_axes, orbits=self.orbits
-                )
-            )
+    def measure_asymmetry(self) -> Executable:
+        """params -> asymmetry of each layer."""
+        asymmetry = functools.partial(
+            symmetry.asymmetry, feature_axes=self.feature_axes, orbits=self.orbits
         )
+        return Executable(self._jit(self._for_all_runs(asymmetry)))
+
+    @functools.cached_property
+    def _measure_kernels(self) -> Executable:
+        return Executable(self._jit(self._for_all_runs(metrics.of_kernels)))
+
+    def compile_measurements(self, state: TrainState) -> None:
+        """Compiles what an evaluation calls."""
+        self.evaluate.compile(state)
+        self.measure_layers.compile(state)
+        self.measure_asymmetry.compile(state.params)
 
     def source(self, state: TrainState, scalars: Scalars, epoch: int) -> Source:
         """What the train steps of an epoch (from 0) read, on the device."""
@@ -183,25 +204,28 @@ class Program:
 
     def compile_train_steps(self, state: TrainState, source: Source) -> Any:
         """`train_steps` as an executable for arguments of these shapes, compiled once."""
-        if self._executable is None:
-            self._executable = self.train_steps.lower(state, source, np.int32(1)).compile()
-        return self._executable
+        return self._train_steps.compile(state, source, np.int32(1))
 
     def compile_last_step(self, state: TrainState, source: Source) -> Any:
         """The executable of the update that ends an epoch, where `last_is_smaller`; called as
         `train_steps`, with a count of 1."""
-        if self._last_executable is None:
-            last_step = self._make_train_steps(self.one_last_step, steps_per_call=1)
-            self._last_executable = last_step.lower(state, source, np.int32(1)).compile()
-        return self._last_executable
+        return self._last_step.compile(state, source, np.int32(1))
 
-    def unique_features(self, params: Any) -> Any:
-        """Number of unique features of each layer, for each run."""
-        counts = [
-            symmetry.unique_features(each, self.feature_axes, self.orbits)
-            for each in self.split(distributed.fetch(params))
-        ]
-        return jax.tree.map(lambda *x: np.stack(x), *counts) if self.runs else counts[0]
+    def measure_params(self, params: Any) -> tuple[Any, Any]:
+        """(number of unique features of each layer, `metrics.of_kernels`), for each run."""
+        on_host = distributed.fetch(params)
+
+        def of_each(function: Callable[[Any], Any]) -> Any:
+            measured = [function(each) for each in self.split(on_host)]
+            return jax.tree.map(lambda *x: np.stack(x), *measured) if self.runs else measured[0]
+
+        unique = of_each(
+            lambda each: symmetry.unique_features(each, self.feature_axes, self.orbits)
+        )
+        # Small kernels cost the host less than the compiler.
+        if sum(x.size for x in jax.tree.leaves(params)) <= MEASURED_ON_HOST:
+            return unique, of_each(metrics.of_kernels)
+        return unique, distributed.fetch(self._measure_kernels(params))
 
     def place(self, x: Any) -> Any:
         """The array on the device, or a copy of it on each."""

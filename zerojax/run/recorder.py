@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from zerojax import config as config_lib
 from zerojax.host import distributed, figures, manifest, records
 from zerojax.host.checkpoint import Checkpoints
 from zerojax.host.errors import RunError, UsageError
@@ -107,8 +108,8 @@ class Recorder:
         step: int,
         evaluation: dict[str, Any],
         asymmetry: dict[str, Any],
-        unique_features: dict[str, Any],
-        layers: Any,
+        of_params: tuple[dict[str, Any], Any],
+        of_layer_outputs: Any,
     ) -> None:
         """Writes the lines of an evaluation, unless its loss is not finite, which ends the run."""
         evaluation = {name: float(value) for name, value in evaluation.items()}
@@ -119,6 +120,7 @@ class Recorder:
             )
             return
         self.metrics.write(step, 'eval', **evaluation)
+        unique_features, of_kernels = of_params
         by_layer = {name: float(value) for name, value in asymmetry.items()}
         self.metrics.write(
             step,
@@ -127,7 +129,7 @@ class Recorder:
             asymmetry_by_layer=by_layer,
             unique_features={name: int(number) for name, number in unique_features.items()},
         )
-        self.metrics.write(step, 'layers', **as_record(layers))
+        self.metrics.write(step, 'layers', **as_record(of_kernels | of_layer_outputs))
 
     def shown(self) -> dict[str, float]:
         """Loss and accuracy of the last evaluation, and the asymmetry then."""
@@ -217,11 +219,14 @@ class Recorders:
     def record_evaluation(self, step: int, state: TrainState) -> None:
         """Evaluates and measures all runs; writes and shows each one's lines."""
         program = self._program
-        evaluation, layers = program.evaluate(state), program.measure_layers(state)
-        asymmetry = distributed.fetch(program.measure_asymmetry(state.params))
-        unique = program.unique_features(state.params)
-        for run, *measured in self._of_each(evaluation, asymmetry, unique, layers):
-            run.record_evaluation(step, *measured)
+        measured = (
+            program.evaluate(state),
+            distributed.fetch(program.measure_asymmetry(state.params)),
+            program.measure_params(state.params),
+            program.measure_layers(state),
+        )
+        for run, *its_own in self._of_each(*measured):
+            run.record_evaluation(step, *its_own)
         for (run,) in self._of_each():
             where = f'step {step}/{program.config.num_steps}'
             if self.number > 1:
@@ -275,7 +280,7 @@ def run_facts(program: Program) -> Record:
         'execution': {
             'determinism': config.determinism.mode,
             'steps_per_call': config.steps_per_call,
-            'convolution': config.model.convolution,
+            'convolution': config_lib.convolution_of(config, batched=program.runs is not None),
             'precision': config.model.precision,
             'param_dtype': config.param_dtype,
             'runs_at_once': program.runs or 1,

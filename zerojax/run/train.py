@@ -1,5 +1,6 @@
 """One run, from top to bottom; or several that are computed at once."""
 
+import concurrent.futures
 import contextlib
 import pathlib
 import time
@@ -10,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from zerojax import config as config_lib
-from zerojax.host import distributed
+from zerojax.host import distributed, figures
 from zerojax.host.checkpoint import has_checkpoint
 from zerojax.host.errors import RunError
 from zerojax.host.progress import Progress
@@ -78,7 +79,7 @@ def train_runs(
         for config, _ in runs:
             config_lib.check(config)
         dataset = programs.dataset(runs[0][0])
-        configs = [resolve(config, dataset, batched=batched) for config, _ in runs]
+        configs = [resolve(config, dataset) for config, _ in runs]
         workdirs = [workdir for _, workdir in runs]
         config = configs[0]  # the others differ in scalars and pruning alone
         check_backend(config.determinism.mode)
@@ -125,9 +126,14 @@ def _loop(
     config = program.config
     steps_per_epoch = program.steps_per_epoch
     source = program.source(state, scalars, step // steps_per_epoch)
-    train_steps = program.compile_train_steps(state, source)
-    if program.last_is_smaller:
-        last_step = program.compile_last_step(state, source)
+    # XLA's compiler does not keep all cores busy with one program.
+    with concurrent.futures.ThreadPoolExecutor(max_workers=1) as thread:
+        measurements = thread.submit(program.compile_measurements, state)
+        train_steps = program.compile_train_steps(state, source)
+        if program.last_is_smaller:
+            last_step = program.compile_last_step(state, source)
+        measurements.result()
+    figures.import_in_background()
     if recorders.lack_audit():
         recorders.add_audit(audit_start(program, state, source, progress))
     if step == 0:

@@ -1,0 +1,108 @@
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from zerojax.host.compilation_cache import default_folder, use_compilation_cache
+
+ROOT = pathlib.Path(__file__).parents[2]
+COMMAND = [
+    sys.executable, '-m', 'zerojax.main', '--config=configs/digits.py', '--config.num_steps=10',
+    '--config.model.name=mlp', '--config.model.width=8',
+]  # fmt: skip
+
+
+@pytest.fixture
+def settings(monkeypatch, tmp_path):
+    """JAX as it starts without any variable; the user's cache folder is `tmp_path`."""
+    names = ('jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs')
+    before = {name: getattr(jax.config, name) for name in names}
+    enabled = jax.config.jax_enable_compilation_cache
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    jax.config.update('jax_compilation_cache_dir', None)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    jax.config.update('jax_enable_compilation_cache', enabled)
+
+
+def test_the_cache_lies_in_the_users_folder_for_caches(settings, tmp_path):
+    use_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir == str(default_folder())
+    assert default_folder().parent == tmp_path / 'zerojax'
+    assert jax.config.jax_persistent_cache_min_compile_time_secs == 0
+
+
+def test_without_the_variable_it_lies_in_home(monkeypatch, tmp_path):
+    monkeypatch.delenv('XDG_CACHE_HOME', raising=False)
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert default_folder().parent == tmp_path / '.cache' / 'zerojax'
+
+
+def test_each_kind_of_cpu_has_a_folder_of_its_own(monkeypatch):
+    names = set()
+    for flags in ('fpu sse avx2', 'fpu sse avx2 avx512f'):
+        text = f'processor : 0\nmodel name : A\nflags : {flags}\ncpu MHz : 1\n\nprocessor : 1\n'
+        monkeypatch.setattr(pathlib.Path, 'read_text', lambda self, text=text: text)
+        names.add(default_folder())
+        changed = text.replace('MHz : 1', 'MHz : 2')  # what changes on one machine
+        monkeypatch.setattr(pathlib.Path, 'read_text', lambda self, text=changed: text)
+        names.add(default_folder())
+    assert len(names) == 2
+
+
+def test_a_place_or_a_no_that_jax_was_told_is_left_alone(settings, tmp_path):
+    jax.config.update('jax_compilation_cache_dir', '/elsewhere')
+    use_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir == '/elsewhere'
+    jax.config.update('jax_compilation_cache_dir', None)
+    jax.config.update('jax_enable_compilation_cache', False)
+    use_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_a_note(settings, monkeypatch, tmp_path, capsys):
+    (tmp_path / 'file').touch()
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'file'))
+    use_compilation_cache()
+    said = capsys.readouterr().err
+    assert said.startswith('note: programs are compiled anew') and str(tmp_path / 'file') in said
+    assert said.count('\n') == 1
+    assert jax.config.jax_compilation_cache_dir is None
+
+
+@pytest.mark.slow
+def test_cold_warm_and_damaged_caches_give_the_same_run(tmp_path):
+    variables = {'JAX_COMPILATION_CACHE_DIR': None, 'XDG_CACHE_HOME': str(tmp_path / 'cache')}
+    environment = {k: v for k, v in (os.environ | variables).items() if v is not None}
+
+    def run(name, **more):
+        workdir = tmp_path / name
+        done = subprocess.run(
+            [*COMMAND, f'--workdir={workdir}'], capture_output=True, text=True, cwd=ROOT,
+            env=environment | more,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        lines = (workdir / 'metrics.jsonl').read_bytes()
+        return json.loads((workdir / 'summary.json').read_text())['params_sha256'], lines
+
+    def entries():
+        return {x: x.read_bytes() for x in (tmp_path / 'cache/zerojax').rglob('*-cache')}
+
+    without = run('without', JAX_ENABLE_COMPILATION_CACHE='false')
+    assert not (tmp_path / 'cache/zerojax').exists()
+    assert run('cold') == without
+    made = entries()
+    assert any('single_step' in x.name for x in made)
+    assert run('warm') == without
+    assert entries() == made, 'nothing was compiled that was not there'
+    for i, (path, content) in enumerate(made.items()):
+        half, flipped = content[: len(content) // 2], bytearray(content)
+        flipped[len(flipped) // 2] ^= 1
+        path.write_bytes((half, bytes(flipped), b'')[i % 3])
+    assert run('damaged') == without
