@@ -2,8 +2,9 @@
 
     python -m experiments.performance.convolutions [--workdir=DIR] [--batch=N]
 
-Milliseconds of each 3x3 convolution of ConstNet-16-1 on 32x32 images and of ConstNet-10-1 on 8x8
-images, and of its gradients with respect to inputs and weights, in float32:
+Milliseconds of each 3x3 convolution of ConstNet-16-1 on 32x32 images, of ConstNet-10-1 on 8x8 images
+and of a network of two features, and of its gradients with respect to inputs and weights, in
+float32:
 
     direct     XLA's convolution
     patches    one matrix product over patches of all nine taps
@@ -54,6 +55,8 @@ SHAPES = (  # side, features in, features out, stride
     (4, 32, 32, 1),
     (4, 32, 64, 2),
     (2, 64, 64, 1),
+    (8, 1, 16, 1),
+    (32, 2, 2, 1),
 )
 PASSES = ('forward', 'input gradient', 'weight gradient')
 
