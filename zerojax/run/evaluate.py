@@ -58,9 +58,9 @@ class Evaluation:
             for i in range(0, len(labels), size)
         ]
 
-    def compile(self, state: TrainState) -> None:
-        """Compiles what is called with such a state."""
-        self._eval_step.compile(_variables(state), *self._batches[0])
+    def lower(self, state: TrainState) -> Executable:
+        """What is called with such a state, lowered."""
+        return self._eval_step.lower(_variables(state), *self._batches[0])
 
     def __call__(self, state: TrainState) -> dict[str, Any]:
         variables = _variables(state)
@@ -107,9 +107,9 @@ class LayerMeasurement:
             jit_in_mode(for_all_runs(measure, (0, None, None)), config.determinism.mode)
         )
 
-    def compile(self, state: TrainState) -> None:
-        """Compiles what is called with such a state."""
-        self._measure.compile(_variables(state), *self._batch)
+    def lower(self, state: TrainState) -> Executable:
+        """What is called with such a state, lowered."""
+        return self._measure.lower(_variables(state), *self._batch)
 
     def __call__(self, state: TrainState) -> Any:
         return distributed.fetch(self._measure(_variables(state), *self._batch))

@@ -6,9 +6,11 @@ once, as one batched program: then every array of their states has a leading axi
 bits are those of that program.
 """
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -192,11 +194,23 @@ class Program:
     def _measure_kernels(self) -> Executable:
         return Executable(self._jit(self._for_all_runs(metrics.of_kernels)))
 
-    def compile_measurements(self, state: TrainState) -> None:
-        """Compiles what an evaluation calls."""
-        self.evaluate.compile(state)
-        self.measure_layers.compile(state)
-        self.measure_asymmetry.compile(state.params)
+    @contextlib.contextmanager
+    def compiling_measurements(self, state: TrainState) -> Iterator[None]:
+        """Compiles what an evaluation calls beside what is compiled within it.
+
+        XLA's compiler does not keep all cores busy with one program.
+        """
+        lowered = (
+            self.evaluate.lower(state),
+            self.measure_layers.lower(state),
+            self.measure_asymmetry.lower(state.params),
+        )
+        with concurrent.futures.ThreadPoolExecutor(max_workers=1) as thread:
+            compiled = thread.submit(lambda: [each.compile() for each in lowered])
+            if jax.process_count() > 1:
+                compiled.result()  # compilers may wait for those of other processes, in this order
+            yield
+            compiled.result()
 
     def source(self, state: TrainState, scalars: Scalars, epoch: int) -> Source:
         """What the train steps of an epoch (from 0) read, on the device."""
@@ -204,12 +218,12 @@ class Program:
 
     def compile_train_steps(self, state: TrainState, source: Source) -> Any:
         """`train_steps` as an executable for arguments of these shapes, compiled once."""
-        return self._train_steps.compile(state, source, np.int32(1))
+        return self._train_steps.lower(state, source, np.int32(1)).compile()
 
     def compile_last_step(self, state: TrainState, source: Source) -> Any:
         """The executable of the update that ends an epoch, where `last_is_smaller`; called as
         `train_steps`, with a count of 1."""
-        return self._last_step.compile(state, source, np.int32(1))
+        return self._last_step.lower(state, source, np.int32(1)).compile()
 
     def measure_params(self, params: Any) -> tuple[Any, Any]:
         """(number of unique features of each layer, `metrics.of_kernels`), for each run."""

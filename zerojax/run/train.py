@@ -1,6 +1,5 @@
 """One run, from top to bottom; or several that are computed at once."""
 
-import concurrent.futures
 import contextlib
 import pathlib
 import time
@@ -126,14 +125,12 @@ def _loop(
     config = program.config
     steps_per_epoch = program.steps_per_epoch
     source = program.source(state, scalars, step // steps_per_epoch)
-    # XLA's compiler does not keep all cores busy with one program.
-    with concurrent.futures.ThreadPoolExecutor(max_workers=1) as thread:
-        measurements = thread.submit(program.compile_measurements, state)
+    with program.compiling_measurements(state):
         train_steps = program.compile_train_steps(state, source)
         if program.last_is_smaller:
             last_step = program.compile_last_step(state, source)
-        measurements.result()
-    figures.import_in_background()
+    if distributed.is_first():
+        figures.import_in_background()
     if recorders.lack_audit():
         recorders.add_audit(audit_start(program, state, source, progress))
     if step == 0:
