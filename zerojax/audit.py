@@ -64,11 +64,11 @@ def prepare_step(config: ConfigDict) -> Program:
 
 def compile_step(program: Program) -> step_audit.CompiledStep:
     """The program's step at symmetric weights, compiled afresh."""
-    program = Program(program.config, program.dataset)
-    scalars = scalars_of(program.config)
-    state = symmetric_state(program, program.initial_state(scalars))
-    source = program.source(state, scalars, epoch=0)
     with no_compilation_cache():
+        program = Program(program.config, program.dataset)
+        scalars = scalars_of(program.config)
+        state = symmetric_state(program, program.initial_state(scalars))
+        source = program.source(state, scalars, epoch=0)
         return step_audit.CompiledStep(
             program.compile_train_steps(state, source),
             compile_inspection(program, state, source),

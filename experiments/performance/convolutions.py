@@ -2,9 +2,9 @@
 
     python -m experiments.performance.convolutions [--workdir=DIR] [--batch=N]
 
-Milliseconds of each 3x3 convolution of ConstNet-16-1 on 32x32 images, of ConstNet-10-1 on 8x8 images
-and of a network of two features, and of its gradients with respect to inputs and weights, in
-float32:
+Milliseconds of each 3x3 convolution of ConstNet-16-1 on 32x32 images, of ConstNet-10-1 on 8x8
+images and of a network of two features, and of its gradients with respect to inputs and weights,
+in float32:
 
     direct     XLA's convolution
     patches    one matrix product over patches of all nine taps
@@ -62,7 +62,7 @@ PASSES = ('forward', 'input gradient', 'weight gradient')
 
 
 def convolve_taps(x_BxHxWxC: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """The convolution of `zerojax.models.layers` as a sum of matrix products, one a tap."""
+    """The convolution of `zerojax.models.convolutions` as a sum of matrix products, one a tap."""
     side = (x_BxHxWxC.shape[1] - 1) // stride + 1
     x = jnp.pad(x_BxHxWxC, ((0, 0), (1, 1), (1, 1), (0, 0)))
     span = stride * (side - 1) + 1

@@ -37,7 +37,8 @@ def test_barrier_is_the_height_above_the_straight_line():
 @pytest.mark.parametrize(
     'network',
     [
-        {'name': 'constnet', 'depth': 7, 'width': 1, 'init': 'random'},
+        {'name': 'constnet', 'depth': 7, 'width': 1, 'init': 'random', 'convolution': 'patches'},
+        {'name': 'constnet', 'depth': 7, 'width': 1, 'init': 'random', 'convolution': 'mixed'},
         {'name': 'leakynet', 'depth': 7, 'width': 1, 'init': '1_i_1_1'},
         {'name': 'wideresnet', 'depth': 10, 'width': 1, 'init': 'he'},
         {'name': 'wideresnet', 'depth': 10, 'width': 1, 'init': 'fixup'},
@@ -82,5 +83,5 @@ class Odd(nn.Module):
 
 def test_unknown_statistics_are_refused():
     variables = {'params': {}, 'batch_stats': {'largest': jnp.zeros(())}}
-    with pytest.raises(ValueError, match=r"not of a flax.linen.BatchNorm: \['largest'\]"):
+    with pytest.raises(ValueError, match=r"not of a BatchNorm: \['largest'\]"):
         interpolation.batch_statistics(Odd(), variables, jnp.zeros((2, 3)))

@@ -7,12 +7,18 @@ import sys
 import jax
 import pytest
 
-from zerojax.host.compilation_cache import default_folder, use_compilation_cache
+from zerojax.host import compilation_cache
+from zerojax.host.compilation_cache import (
+    default_folder,
+    leave_compilation_cache,
+    use_compilation_cache,
+)
 
 ROOT = pathlib.Path(__file__).parents[2]
+MINIMUM = 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'
 COMMAND = [
     sys.executable, '-m', 'zerojax.main', '--config=configs/digits.py', '--config.num_steps=10',
-    '--config.model.name=mlp', '--config.model.width=8',
+    '--config.model.depth=7',
 ]  # fmt: skip
 
 
@@ -23,7 +29,9 @@ def settings(monkeypatch, tmp_path):
     before = {name: getattr(jax.config, name) for name in names}
     enabled = jax.config.jax_enable_compilation_cache
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    monkeypatch.delenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', raising=False)
     jax.config.update('jax_compilation_cache_dir', None)
+    jax.config.update('jax_enable_compilation_cache', True)
     yield
     for name, value in before.items():
         jax.config.update(name, value)
@@ -37,10 +45,30 @@ def test_the_cache_lies_in_the_users_folder_for_caches(settings, tmp_path):
     assert jax.config.jax_persistent_cache_min_compile_time_secs == 0
 
 
-def test_without_the_variable_it_lies_in_home(monkeypatch, tmp_path):
+def test_several_processes_have_none_but_the_one_that_was_named(settings):
+    use_compilation_cache()
+    leave_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir is None
+    jax.config.update('jax_compilation_cache_dir', '/elsewhere')
+    leave_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir == '/elsewhere'
+
+
+@pytest.mark.parametrize('of_user', [None, '', 'relative'])
+def test_without_the_variable_it_lies_in_home(monkeypatch, tmp_path, of_user):
     monkeypatch.delenv('XDG_CACHE_HOME', raising=False)
+    if of_user is not None:
+        monkeypatch.setenv('XDG_CACHE_HOME', of_user)
     monkeypatch.setenv('HOME', str(tmp_path))
     assert default_folder().parent == tmp_path / '.cache' / 'zerojax'
+
+
+def test_each_number_of_cpus_has_a_folder_of_its_own(monkeypatch):
+    names = set()
+    for cores in (1, 2):
+        monkeypatch.setattr(compilation_cache, 'usable_cores', lambda cores=cores: cores)
+        names.add(default_folder())
+    assert len(names) == 2
 
 
 def test_each_kind_of_cpu_has_a_folder_of_its_own(monkeypatch):
@@ -78,7 +106,10 @@ def test_a_folder_that_cannot_be_made_is_a_note(settings, monkeypatch, tmp_path,
 
 @pytest.mark.slow
 def test_cold_warm_and_damaged_caches_give_the_same_run(tmp_path):
-    variables = {'JAX_COMPILATION_CACHE_DIR': None, 'XDG_CACHE_HOME': str(tmp_path / 'cache')}
+    variables = {
+        'XDG_CACHE_HOME': str(tmp_path / 'cache'),
+        **dict.fromkeys(('JAX_COMPILATION_CACHE_DIR', 'JAX_ENABLE_COMPILATION_CACHE', MINIMUM)),
+    }
     environment = {k: v for k, v in (os.environ | variables).items() if v is not None}
 
     def run(name, **more):
@@ -88,6 +119,8 @@ def test_cold_warm_and_damaged_caches_give_the_same_run(tmp_path):
             env=environment | more,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
+        damaged = 'Error reading persistent compilation cache entry' in done.stderr
+        assert damaged == (name == 'damaged')
         lines = (workdir / 'metrics.jsonl').read_bytes()
         return json.loads((workdir / 'summary.json').read_text())['params_sha256'], lines
 

@@ -28,6 +28,9 @@ NETWORKS = {
     'wideresnet': {'name': 'wideresnet', 'init': 'he', 'depth': 10, 'dropout': 0.1},
     'fixup': {'name': 'wideresnet', 'init': 'fixup', 'depth': 10, 'dropout': 0.1},
     'in bfloat16': {'dtype': 'bfloat16', 'dropout': 0.1},
+    'patches': {'convolution': 'patches'},
+    'mixed': {'convolution': 'mixed', 'dropout': 0.1},
+    'mixed in bfloat16': {'convolution': 'mixed', 'dtype': 'bfloat16'},
 }
 PERTURBATIONS = {
     'none': {'scale': 0.0},

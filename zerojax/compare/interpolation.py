@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from zerojax.models.batch_norm import BatchNorm
 from zerojax.step.precision import at_least_float32
 
 Tree = Any
@@ -49,13 +50,16 @@ def batch_statistics(model: nn.Module, variables: Tree, images: jax.Array) -> Tr
     "REPAIR", 2022. The model is called as `zerojax.models` are, with train=True and no dropout.
 
     Raises:
-        ValueError: a statistic belongs to something else than a flax.linen.BatchNorm over all axes
-            but the last.
+        ValueError: a statistic belongs to something else than a BatchNorm, Flax's or zerojax's,
+            over all axes but the last.
     """
     seen: dict[tuple[str, ...], jax.Array] = {}
 
     def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        if isinstance(context.module, nn.BatchNorm) and context.method_name == '__call__':
+        if (
+            isinstance(context.module, nn.BatchNorm | BatchNorm)
+            and context.method_name == '__call__'
+        ):
             x = args[0].astype(at_least_float32(args[0].dtype))
             axes = tuple(range(x.ndim - 1))
             seen[(*context.module.path, 'mean')] = jnp.mean(x, axes)
@@ -67,5 +71,5 @@ def batch_statistics(model: nn.Module, variables: Tree, images: jax.Array) -> Tr
     stored = flatten_dict(variables['batch_stats'])
     if {k: x.shape for k, x in stored.items()} != {k: x.shape for k, x in seen.items()}:
         unknown = sorted('/'.join(path) for path in stored.keys() ^ seen.keys())
-        raise ValueError(f'statistics that are not of a flax.linen.BatchNorm: {unknown}')
+        raise ValueError(f'statistics that are not of a BatchNorm: {unknown}')
     return unflatten_dict({path: seen[path].astype(x.dtype) for path, x in stored.items()})

@@ -1,7 +1,7 @@
 """What XLA compiled, kept on disk for the next process.
 
-JAX's persistent compilation cache, in a folder for each kind of CPU: JAX takes programs compiled
-for another CPU, which may use instructions that this one does not have, or round otherwise.
+JAX's persistent compilation cache, in a folder for each kind and number of CPUs: JAX takes programs
+compiled for others, which may use instructions that this one does not have, or other threads.
 """
 
 import contextlib
@@ -14,12 +14,14 @@ import tempfile
 
 import jax
 
+from zerojax.host.manifest import usable_cores
+
 
 def use_compilation_cache() -> None:
     """Keeps and takes all compiled programs, unless JAX is told another place, or not to.
 
-    `JAX_COMPILATION_CACHE_DIR` and `JAX_ENABLE_COMPILATION_CACHE=false` tell it. A folder that
-    cannot be written to, or a damaged file in it, costs the time to compile anew and no more.
+    `JAX_COMPILATION_CACHE_DIR` and `JAX_ENABLE_COMPILATION_CACHE=false` tell it. Without a folder
+    that can be written to there is no cache; what is damaged is compiled anew, with JAX's warning.
     """
     if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
         return
@@ -36,7 +38,18 @@ def use_compilation_cache() -> None:
         )
         return
     jax.config.update('jax_compilation_cache_dir', str(folder))
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+    if 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS' not in os.environ:
+        jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+
+
+def leave_compilation_cache() -> None:
+    """Undoes `use_compilation_cache`, before anything is compiled.
+
+    Of several processes the first alone writes, so they would not compile alike.
+    """
+    with contextlib.suppress(RuntimeError):
+        if jax.config.jax_compilation_cache_dir == str(default_folder()):  # type: ignore[attr-defined]
+            jax.config.update('jax_compilation_cache_dir', None)
 
 
 def default_folder() -> pathlib.Path:
@@ -45,13 +58,15 @@ def default_folder() -> pathlib.Path:
     Raises:
         RuntimeError: the user has no home folder.
     """
-    of_user = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
-    return pathlib.Path(of_user) / 'zerojax' / cpu_name()
+    of_user = pathlib.Path(os.environ.get('XDG_CACHE_HOME', ''))
+    if not of_user.is_absolute():  # as the XDG specification has it
+        of_user = pathlib.Path.home() / '.cache'
+    return of_user / 'zerojax' / cpu_name()
 
 
 def cpu_name() -> str:
-    """A name of this kind of CPU, the same on machines that may share compiled programs."""
-    facts = [platform.processor()]
+    """A name of kind and number of CPUs, the same on machines that may share compiled programs."""
+    facts = [platform.processor(), str(usable_cores()), os.environ.get('NPROC', '')]
     with contextlib.suppress(OSError):  # it is there on Linux
         first = pathlib.Path('/proc/cpuinfo').read_text().split('\n\n')[0]
         facts += [

@@ -13,11 +13,11 @@ from zerojax.host.records import Record, replace_file
 def import_in_background() -> None:
     """Begins to import Matplotlib, which takes a second or more; whoever draws waits for the end.
 
-    If it cannot be imported, that is for the one who draws to say.
+    If it cannot be imported, whatever the reason, that is for the one who draws to say.
     """
 
     def import_it() -> None:
-        with contextlib.suppress(ImportError):
+        with contextlib.suppress(Exception):
             import matplotlib.backends.backend_agg  # noqa: F401
 
     threading.Thread(target=import_it, name='import of Matplotlib').start()

@@ -56,7 +56,7 @@ def environment() -> Record:
         'device_count': jax.device_count(),
         'cpu': _cpu(),
         'cpu_count': os.cpu_count(),
-        'cpu_cores': _usable_cores(),
+        'cpu_cores': usable_cores(),
         'xla_flags': os.environ.get('XLA_FLAGS', ''),
         'settings': settings(),
     }
@@ -92,7 +92,7 @@ def _cpu() -> str:
     return found[1] if found else platform.processor() or platform.machine()
 
 
-def _usable_cores() -> int | None:
+def usable_cores() -> int | None:
     """Number of cores that this process may use, which XLA takes for its number of threads."""
     if hasattr(os, 'sched_getaffinity'):
         return len(os.sched_getaffinity(0))

@@ -1,11 +1,10 @@
 """What the paper measures, as pure functions of kernels, activations and gradients.
 
 Kernels are [..., c_in, c_out], activations and their gradients [..., C] with features last, of any
-float dtype; results are float32, or float64 for such input. Of kernels in NumPy's arrays they are
-computed by NumPy. The definitions of correlation,
-diversity and feature variance are those of the paper's code (github.com/yanivbl6/BeyondSigProp,
-correlation.py and remodel.py); `layer_outputs` gets the activations and gradients of any Linen
-model.
+float dtype; results are float32, or float64 for such input. Kernels may be NumPy's arrays, whose
+correlations NumPy computes. The definitions of correlation, diversity and feature variance are
+those of the paper's code (github.com/yanivbl6/BeyondSigProp, correlation.py and remodel.py);
+`layer_outputs` gets the activations and gradients of any Linen model.
 """
 
 import collections
@@ -47,7 +46,7 @@ def mean_correlation(rows: jax.Array) -> jax.Array:
     return (sum_of_valid + pairs - v * (v - 1)) / pairs
 
 
-def _namespace(x: Any = None) -> Any:
+def _namespace(x: Any) -> Any:
     """The module whose functions take such arrays, NumPy or jax.numpy."""
     return np if isinstance(x, np.ndarray | np.generic) else jnp
 
@@ -204,10 +203,11 @@ def of_kernels(params: Tree) -> dict[str, Any]:
     forward = {k: forward_correlation(x) for k, x in by_layer.items() if x.shape[-1] > 1}
     backward = {k: backward_correlation(x) for k, x in by_layer.items() if x.shape[-2] > 1}
     correlations = list(backward.values())
+    xp = _namespace(jax.tree.leaves(params)[0])
     return {
         'forward_correlation': forward,
         'backward_correlation': backward,
-        'diversity': diversity(_namespace(*correlations[:1]).asarray(correlations)),
+        'diversity': diversity(xp.asarray(correlations)),
     }
 
 

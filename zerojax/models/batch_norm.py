@@ -12,22 +12,27 @@ from zerojax.step.precision import at_least_float32
 
 
 def sum_by_product(x: jax.Array) -> jax.Array:
-    """Sum over all axes but the last, [..., C] -> [C], of float32 as a matrix product with ones.
+    """Sum over all axes but the last, [..., C] -> [C]; if it can be, as a matrix product with ones.
 
     XLA's CPU backend reduces many rows in small windows, far below the speed of memory; its matrix
     product is not that slow. Of eight rows of ones one counts: a product with a single one would
-    be turned into a reduction. In float64 the product would sum the last C % 8 features in another
-    order than the others, so that equal features would not stay equal to the bit.
+    be turned into a reduction. The product may sum what is left over when features are taken 16
+    (in float64 8) at a time in another order, so that equal features would not stay equal to the
+    bit: other numbers of features, and other dtypes, are reduced.
     """
-    if x.dtype != jnp.float32:
+    if not _has_product(x):
         return jnp.sum(x, tuple(range(x.ndim - 1)))
     rows = x.reshape(-1, x.shape[-1])
     return jnp.matmul(jnp.ones((8, len(rows)), x.dtype), rows, precision='highest')[0]
 
 
+def _has_product(x: jax.Array) -> bool:
+    return x.dtype == jnp.float32 and x.shape[-1] % 16 == 0
+
+
 def _spread(v_C: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """[C] -> shape [..., C]; what `sum_by_product` is the transpose of."""
-    if v_C.dtype != jnp.float32:
+    if not _has_product(v_C):
         return jnp.broadcast_to(v_C.reshape((1,) * (len(shape) - 1) + v_C.shape), shape)
     ones = jnp.ones((8, math.prod(shape[:-1])), v_C.dtype)
     rows = jnp.zeros((8, v_C.shape[0]), v_C.dtype).at[0].set(v_C)

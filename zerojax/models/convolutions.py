@@ -75,12 +75,13 @@ def convolve_mixed(
     """The same convolution, each pass in the way that is fastest on a CPU outside of loops.
 
     That is `convolve_direct`, but as patches where XLA's convolution does badly: outputs and input
-    gradients of images of at most 2x2, and all input gradients at stride 2; and a sum over taps
-    where one channel comes in. The table is in docs/performance.md.
+    gradients of images of at most 2x2, all input gradients at stride 2, and everything in float64;
+    and a sum over taps where one channel comes in. The table is in docs/performance.md.
     """
     if kernel.shape[-2] == 1:
         return _convolve_one_channel(x_BxHxWxC, kernel, stride)
-    convolve = convolve_patches if _is_tiny(x_BxHxWxC) else convolve_direct
+    tiny = max(x_BxHxWxC.shape[1:3]) <= 2
+    convolve = convolve_patches if tiny or x_BxHxWxC.dtype == jnp.float64 else convolve_direct
     return convolve(x_BxHxWxC, kernel, stride, precision)
 
 
@@ -89,14 +90,11 @@ def _(stride, precision, primals, tangents):  # type: ignore[no-untyped-def]
     # The gradients are the transposes of these two, each the pass of its way.
     x, kernel = primals
     dx, dkernel = tangents
-    of_inputs = convolve_patches if _is_tiny(x) or stride > 1 else convolve_direct
-    from_inputs = of_inputs(dx, kernel, stride, precision)
-    from_kernel = convolve_direct(x, dkernel, stride, precision)
-    return convolve_mixed(x, kernel, stride, precision), from_inputs + from_kernel
-
-
-def _is_tiny(x_BxHxWxC: jax.Array) -> bool:
-    return max(x_BxHxWxC.shape[1:3]) <= 2
+    double, tiny = x.dtype == jnp.float64, max(x.shape[1:3]) <= 2
+    of_inputs = convolve_patches if double or tiny or stride > 1 else convolve_direct
+    of_kernel = convolve_patches if double else convolve_direct
+    tangent = of_inputs(dx, kernel, stride, precision) + of_kernel(x, dkernel, stride, precision)
+    return convolve_mixed(x, kernel, stride, precision), tangent
 
 
 CONVOLUTIONS: dict[str, Convolve] = {

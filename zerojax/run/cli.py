@@ -13,6 +13,7 @@ from ml_collections import ConfigDict, config_flags
 
 from zerojax import config as config_lib
 from zerojax.host import distributed, objectstore
+from zerojax.host.compilation_cache import leave_compilation_cache
 from zerojax.host.errors import UsageError
 
 # Of a command whose runs may be on several processes, for `join_processes`.
@@ -128,6 +129,7 @@ def join_processes(values: flags.FlagValues) -> None:
     """
     timeout = count(values, 'distributed_timeout', least=1)
     if values.distributed is not None:
+        leave_compilation_cache()
         distributed.start(values.distributed, timeout)
 
 

@@ -50,7 +50,7 @@ from zerojax.step import (
     train_step_function,
 )
 
-MEASURED_ON_HOST = 2**20  # numbers in the kernels of all runs
+MEASURED_ON_HOST = 2**20  # weights of all runs together
 
 
 class Program:
@@ -200,11 +200,13 @@ class Program:
 
         XLA's compiler does not keep all cores busy with one program.
         """
-        lowered = (
+        lowered = [
             self.evaluate.lower(state),
             self.measure_layers.lower(state),
             self.measure_asymmetry.lower(state.params),
-        )
+        ]
+        if not self._measures_on_host(state.params):
+            lowered.append(self._measure_kernels.lower(state.params))
         with concurrent.futures.ThreadPoolExecutor(max_workers=1) as thread:
             compiled = thread.submit(lambda: [each.compile() for each in lowered])
             if jax.process_count() > 1:
@@ -225,6 +227,9 @@ class Program:
         `train_steps`, with a count of 1."""
         return self._last_step.lower(state, source, np.int32(1)).compile()
 
+    def _measures_on_host(self, params: Any) -> bool:
+        return sum(x.size for x in jax.tree.leaves(params)) <= MEASURED_ON_HOST
+
     def measure_params(self, params: Any) -> tuple[Any, Any]:
         """(number of unique features of each layer, `metrics.of_kernels`), for each run."""
         on_host = distributed.fetch(params)
@@ -237,8 +242,9 @@ class Program:
             lambda each: symmetry.unique_features(each, self.feature_axes, self.orbits)
         )
         # Small kernels cost the host less than the compiler.
-        if sum(x.size for x in jax.tree.leaves(params)) <= MEASURED_ON_HOST:
-            return unique, of_each(metrics.of_kernels)
+        if self._measures_on_host(params):
+            with np.errstate(all='ignore'):  # weights may be infinite, of runs that have failed
+                return unique, of_each(metrics.of_kernels)
         return unique, distributed.fetch(self._measure_kernels(params))
 
     def place(self, x: Any) -> Any:
