@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 from small_step import SHAPE, batches, bits, run, setup
 
 from zerojax import models, perturb, step, symmetry
@@ -236,3 +237,36 @@ def test_a_frozen_parameter_is_moved_by_no_perturbation_of_weights(kind):
     moved = jax.tree.map(lambda x, y: bool((x != y).any()), before, state.params)
     assert not moved['hidden']['kernel']
     assert moved['hidden']['bias']
+
+
+@pytest.mark.parametrize(
+    'network',
+    [
+        {'shortcut': 'post_relu'},
+        {'shortcut': 'pre_relu', 'convolution': 'mixed'},
+        {'name': 'leakynet', 'depth': 7, 'width': 1, 'init': '1_1_1_1'},
+        {'name': 'mlp', 'width': 24, 'init': 'averaging'},
+    ],
+    ids=lambda network: network.get('name', network.get('shortcut')),
+)
+def test_breaking_one_stream_leaves_the_others_symmetric_to_the_bit(network):
+    """Weights that no other stream indexes are noisy: symmetry breaks stream by stream."""
+    model, _, state, train_step = setup(**network)
+    axes = model.feature_axes()['params']
+    flat_axes = flatten_dict(axes)
+    own = {}  # arrays that one stream alone indexes
+    for path, names in flat_axes.items():
+        if len(streams := set(names) - {None}) == 1:
+            own.setdefault(*streams, []).append(path)
+    assert len(own) > 1 or network.get('name') == 'mlp'
+    for broken, chosen in own.items():
+        rng = np.random.default_rng(0)
+        noisy = jax.tree.map(jnp.copy, state)  # the step takes its argument's memory
+        params = flatten_dict(noisy.params)
+        for path in chosen:
+            noise = rng.normal(size=params[path].shape).astype(np.float32)
+            params[path] = params[path] + 0.1 * noise
+        noisy = dataclasses.replace(noisy, params=unflatten_dict(params))
+        ended, _ = run(train_step, noisy, 8)
+        found = symmetry.asymmetry_by_stream(ended.params, axes)
+        assert {name for name, value in found.items() if value > 0} == {broken}

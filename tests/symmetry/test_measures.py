@@ -78,6 +78,31 @@ def test_asymmetry_is_relative_to_the_largest_weight_of_the_same_features():
     assert asymmetry['conv'] == 0
 
 
+def test_a_stream_is_asymmetric_along_its_own_axes_alone():
+    """A kernel between two streams tells of each along its own axis; every stream has a value."""
+    axes = {'one': {'kernel': ('a', 'b')}, 'two': {'kernel': ('b', None)}}
+    rng = np.random.default_rng(0)
+    of_a, of_b = rng.normal(size=(3, 1)), rng.normal(size=(1, 4))
+    ones, two = np.ones((3, 4)), np.ones((4, 2))
+
+    def measured(kernel, other=two):
+        tree = {'one': {'kernel': jnp.asarray(kernel)}, 'two': {'kernel': jnp.asarray(other)}}
+        by_stream = symmetry.asymmetry_by_stream(tree, axes)
+        by_layer = symmetry.asymmetry(tree, axes)
+        assert max(by_stream.values()) == max(by_layer.values())
+        return {name: float(value) for name, value in by_stream.items()}
+
+    assert measured(ones) == {'a': 0, 'b': 0}
+    found = measured(ones + of_a)
+    assert found['a'] > 0 and found['b'] == 0
+    found = measured(ones + of_b)
+    assert found['a'] == 0 and found['b'] > 0
+    found = measured(ones, two + of_b.T)
+    assert found['a'] == 0 and found['b'] > 0
+    expected = np.abs(of_a - of_a[0]).max() / max(1, np.abs(1 + of_a).max())
+    assert measured(ones + of_a)['a'] == pytest.approx(expected, rel=1e-6)
+
+
 def test_axes_without_a_name_do_not_count():
     symmetric, _ = measured(trees.changed(symmetric_tree(), 'head', 'bias', 3, lambda _: 9.0))
     assert symmetric

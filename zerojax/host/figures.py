@@ -48,14 +48,20 @@ def draw_run(lines: list[Record], broken_at_step: int | None, path: pathlib.Path
 
     broken = [line for line in train if line['asymmetry'] > 0]
     asymmetry.set_yscale('log')
-    if broken:
-        curve(asymmetry, broken, 'asymmetry', color='C2', label='largest relative deviation')
-    else:
+    for i, stream in enumerate(train[0].get('asymmetry_by_stream', {}) if train else ()):
+        of_stream = [
+            (line['step'], line['asymmetry_by_stream'][stream])
+            for line in broken
+            if line.get('asymmetry_by_stream', {}).get(stream, 0) > 0
+        ]
+        if of_stream:
+            asymmetry.plot(*zip(*of_stream, strict=True), color=f'C{i + 2}', lw=1.2, label=stream)
+    if not broken:
         asymmetry.set_ylim(1e-8, 10)
         asymmetry.text(
             0.5, 0.5, 'exactly 0 at every step', ha='center', transform=asymmetry.transAxes
         )
-    asymmetry.set_ylabel('asymmetry of features')
+    asymmetry.set_ylabel('asymmetry of each stream')
     asymmetry.set_xlabel('step')
     for axes in (loss, accuracy, asymmetry):
         if broken_at_step is not None:

@@ -184,11 +184,15 @@ class Program:
 
     @functools.cached_property
     def measure_asymmetry(self) -> Executable:
-        """params -> asymmetry of each layer."""
-        asymmetry = functools.partial(
-            symmetry.asymmetry, feature_axes=self.feature_axes, orbits=self.orbits
-        )
-        return Executable(self._jit(self._for_all_runs(asymmetry)))
+        """params -> (asymmetry of each layer, of each stream)."""
+
+        def measure(params: Any) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+            return (
+                symmetry.asymmetry(params, self.feature_axes, self.orbits),
+                symmetry.asymmetry_by_stream(params, self.feature_axes, self.orbits),
+            )
+
+        return Executable(self._jit(self._for_all_runs(measure)))
 
     @functools.cached_property
     def _measure_kernels(self) -> Executable:

@@ -93,13 +93,17 @@ class Recorder:
                 'optimizer.learning_rate'
             )
 
-    def record_step(self, step: int, values: dict[str, Any], asymmetry: dict[str, Any]) -> None:
-        """Writes the 'train' line of an update: its metrics, and each layer's asymmetry after."""
+    def record_step(
+        self, step: int, values: dict[str, Any], asymmetry: tuple[dict[str, Any], dict[str, Any]]
+    ) -> None:
+        """Writes the 'train' line of an update: its metrics, and the asymmetry after it."""
+        by_layer, by_stream = asymmetry
         self.metrics.write(
             step,
             'train',
             **{name: float(value) for name, value in values.items()},
-            asymmetry=max(float(x) for x in asymmetry.values()),
+            asymmetry=max(float(x) for x in by_layer.values()),
+            asymmetry_by_stream={name: float(value) for name, value in by_stream.items()},
             learning_rate=float(self._schedule(step - 1)),
         )
 
@@ -107,7 +111,7 @@ class Recorder:
         self,
         step: int,
         evaluation: dict[str, Any],
-        asymmetry: dict[str, Any],
+        asymmetry: tuple[dict[str, Any], dict[str, Any]],
         of_params: tuple[dict[str, Any], Any],
         of_layer_outputs: Any,
     ) -> None:
@@ -121,12 +125,15 @@ class Recorder:
             return
         self.metrics.write(step, 'eval', **evaluation)
         unique_features, of_kernels = of_params
-        by_layer = {name: float(value) for name, value in asymmetry.items()}
+        by_layer, by_stream = (
+            {name: float(value) for name, value in each.items()} for each in asymmetry
+        )
         self.metrics.write(
             step,
             'symmetry',
             asymmetry=max(by_layer.values()),
             asymmetry_by_layer=by_layer,
+            asymmetry_by_stream=by_stream,
             unique_features={name: int(number) for name, number in unique_features.items()},
         )
         self.metrics.write(step, 'layers', **as_record(of_kernels | of_layer_outputs))

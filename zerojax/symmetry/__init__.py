@@ -14,6 +14,7 @@ of two networks into the same order. A new measure of symmetry is a function in 
 
 from zerojax.symmetry.measures import (
     asymmetry,
+    asymmetry_by_stream,
     distance,
     is_symmetric,
     project,
@@ -23,6 +24,6 @@ from zerojax.symmetry.measures import (
 from zerojax.symmetry.orbits import Orbits, find_orbits, named_axes, output_axes
 
 __all__ = [
-    'Orbits', 'asymmetry', 'distance', 'find_orbits', 'is_symmetric', 'named_axes', 'output_axes',
-    'project', 'transverse', 'unique_features',
+    'Orbits', 'asymmetry', 'asymmetry_by_stream', 'distance', 'find_orbits', 'is_symmetric',
+    'named_axes', 'output_axes', 'project', 'transverse', 'unique_features',
 ]  # fmt: skip

@@ -9,6 +9,7 @@ it must equal is infinitely far from it.
 """
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -93,6 +94,35 @@ def asymmetry(
     Raises:
         ValueError: tree and declaration do not fit each other.
     """
+    layers: dict[str, list[jax.Array]] = {}
+    for path, _, relative in _relative_deviations(tree, feature_axes, orbits, relative_to):
+        layers.setdefault('/'.join(path[:-1]), []).append(relative)
+    return {layer: jnp.max(jnp.stack(values)) for layer, values in layers.items()}
+
+
+def asymmetry_by_stream(
+    tree: Tree, feature_axes: Tree, orbits: Orbits | None = None, *, relative_to: Tree = None
+) -> dict[str, jax.Array]:
+    """As `asymmetry`, for each stream: for each name of an axis, whose features an array's slices
+    along the axis belong to.
+
+    A kernel between two streams tells of both, of each along its own axis. A weight that stands in
+    a class of its own (`orbits.entries`) tells of all streams that index its array.
+
+    Raises:
+        ValueError: tree and declaration do not fit each other.
+    """
+    streams: dict[str, list[jax.Array]] = {}
+    for _, names, relative in _relative_deviations(tree, feature_axes, orbits, relative_to):
+        for name in names:
+            streams.setdefault(name, []).append(relative)
+    return {name: jnp.max(jnp.stack(values)) for name, values in streams.items()}
+
+
+def _relative_deviations(
+    tree: Tree, feature_axes: Tree, orbits: Orbits | None, relative_to: Tree
+) -> Iterator[tuple[Path, list[str], jax.Array]]:
+    """(array, axis names concerned, largest relative deviation from what it must equal, [])."""
     leaves = list(named_axes(tree, feature_axes))
     scales: dict[str, jax.Array] = {}
     for _, x, names in leaves if relative_to is None else named_axes(relative_to, feature_axes):
@@ -101,7 +131,6 @@ def asymmetry(
             largest = jnp.max(jnp.where(jnp.isfinite(size), size, jnp.zeros_like(size)))
             scales[name] = jnp.maximum(scales[name], largest) if name in scales else largest
 
-    layers: dict[str, list[jax.Array]] = {}
     for path, x, names in leaves:
         for concerned, to_first in _classes(path, names, orbits):
             # A difference so small that the arithmetic loses it is still a difference.
@@ -110,8 +139,7 @@ def asymmetry(
             largest = jnp.max(_deviation_size(x, to_first))
             relative = jnp.maximum(largest / jnp.maximum(scale, tiny), tiny)
             relative = jnp.where(_is_first(x, to_first), jnp.zeros_like(relative), relative)
-            layers.setdefault('/'.join(path[:-1]), []).append(relative)
-    return {layer: jnp.max(jnp.stack(values)) for layer, values in layers.items()}
+            yield path, concerned, relative
 
 
 def distance(tree: Tree, feature_axes: Tree, orbits: Orbits | None = None) -> dict[str, jax.Array]:
