@@ -81,7 +81,7 @@ def test_statistics_are_of_float32_and_outputs_of_the_dtype(dtype):
 @pytest.mark.parametrize('dtype', ['float32', 'float64'])
 @pytest.mark.parametrize('features', [2, 3, 7, 16, 33, 49, 160])
 def test_equal_features_stay_equal_to_the_bit(features, dtype):
-    """Also what is left over when features are taken eight at a time."""
+    """Also what is left over when features are taken sixteen at a time."""
     rng = np.random.default_rng(3)
     one = rng.normal(size=(32, 5, 5, 1)).astype(dtype)
     in_mode = functools.partial(jit_in_mode, mode='deterministic')

@@ -24,7 +24,7 @@ def import_in_background() -> None:
 
 
 def draw_run(lines: list[Record], broken_at_step: int | None, path: pathlib.Path) -> None:
-    """Draws loss, accuracy and asymmetry (log axis) against the step into a PNG."""
+    """Draws loss, accuracy and each stream's asymmetry (log axis) against the step into a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -48,7 +48,8 @@ def draw_run(lines: list[Record], broken_at_step: int | None, path: pathlib.Path
 
     broken = [line for line in train if line['asymmetry'] > 0]
     asymmetry.set_yscale('log')
-    for i, stream in enumerate(train[0].get('asymmetry_by_stream', {}) if train else ()):
+    # A run that an older version began has lines without streams, but for its last ones.
+    for i, stream in enumerate(train[-1]['asymmetry_by_stream']):
         of_stream = [
             (line['step'], line['asymmetry_by_stream'][stream])
             for line in broken
