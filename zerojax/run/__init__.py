@@ -3,6 +3,6 @@
 `train` is the place to begin: one run from top to bottom. It takes its data from `data`, has what
 can be wrong found by `checks`, compiles a `program` of the parts that `building` makes, goes on
 where `restore` says, perhaps from a lottery `ticket`, measures with `evaluate` and writes through a
-`recorder`. An `executable` is a function compiled ahead, `inspection` is what an audit looks at, `cli`
-are the flags. A new field is a line in `zerojax.config`, and its use here.
+`recorder`. An `executable` is a function compiled ahead, `inspection` is what an audit looks at,
+`cli` are the flags. A new field is a line in `zerojax.config`, and its use here.
 """
