@@ -17,6 +17,7 @@ from zerojax.symmetry.measures import (
     asymmetry_by_stream,
     distance,
     is_symmetric,
+    largest_weights,
     project,
     transverse,
     unique_features,
@@ -25,5 +26,5 @@ from zerojax.symmetry.orbits import Orbits, find_orbits, named_axes, output_axes
 
 __all__ = [
     'Orbits', 'asymmetry', 'asymmetry_by_stream', 'distance', 'find_orbits', 'is_symmetric',
-    'named_axes', 'output_axes', 'project', 'transverse', 'unique_features',
+    'largest_weights', 'named_axes', 'output_axes', 'project', 'transverse', 'unique_features',
 ]  # fmt: skip
