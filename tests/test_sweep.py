@@ -114,8 +114,10 @@ def test_a_batched_program_keeps_exact_symmetry_and_knows_when_it_broke(toy_conf
     none, small, large = sweep.sweep(jobs, runs_at_once=3)
     assert none['asymmetry'] == 0.0
     assert none['broken_at_step'] is None
+    assert none['broken_streams'] == {'hidden': None}
     assert 0 < small['asymmetry'] < large['asymmetry']
     assert small['broken_at_step'] == large['broken_at_step'] == 13
+    assert small['broken_streams'] == large['broken_streams'] == {'hidden': 13}
 
 
 @pytest.mark.parametrize('at_once', [1, pytest.param(2, marks=pytest.mark.slow)])

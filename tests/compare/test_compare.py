@@ -7,6 +7,7 @@ import json
 import pathlib
 import shutil
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,7 @@ from ml_collections import ConfigDict
 from zerojax import config as config_lib
 from zerojax import models
 from zerojax.compare import __main__ as compare
-from zerojax.compare import saved_runs, several
+from zerojax.compare import report, saved_runs, several
 from zerojax.compare.pair import find_parting, same_network
 from zerojax.host.checkpoint import Checkpoints
 from zerojax.host.workdir import Workdir
@@ -137,6 +138,9 @@ def test_two_runs_part_where_one_is_perturbed(runs, tmp_path, capsys):
     assert 'after step 6 (equal weights) and by step 7' in out
     assert 'params/hidden/kernel' in out and 'perturbation.at_step 0 | 6' in out
     assert pair['weights']['l2'] > 0.1
+    assert pair['weights']['l2_by_stream'].keys() == {'hidden'}
+    assert 0.1 < pair['weights']['l2_by_stream']['hidden'] <= pair['weights']['l2']
+    assert out.count('streams: hidden broken at 0, asymmetry') == 2, 'its weights start at random'
     assert pair['line']['barrier'] >= 0
     assert list(pair['cka']) == ['hidden']
 
@@ -149,6 +153,8 @@ def test_predictions_are_those_that_the_run_recorded(runs, capsys):
         assert each['accuracy'] == summary['eval_accuracy']
         assert each['params_sha256'] == summary['params_sha256']
         last = [json.loads(x) for x in (workdir / 'metrics.jsonl').read_text().splitlines()]
+        for name in ('broken_streams', 'asymmetry_by_stream'):
+            assert each[name] == summary[name]
         loss = [x['loss'] for x in last if x['kind'] == 'eval'][-1]
         assert each['loss'] == pytest.approx(loss, rel=1e-6)
 
@@ -316,6 +322,52 @@ def test_a_run_in_training_can_be_compared(runs, tmp_path, capsys):
         status, out, err = command(capsys, runs['late'], copy)
     assert (status, err) == (0, '')
     assert 'nowhere' in out
+
+
+def test_streams_are_told_as_far_as_they_are_known(runs):
+    """Of a run in training by its checkpoint; those of older versions recorded less, or nothing."""
+
+    def told(**known):
+        run = dataclasses.replace(saved_runs.read_run(runs['late']), **known)
+        described = saved_runs.describe_streams(run)
+        return described, report._streams(described)
+
+    described, text = told()
+    asymmetry = described['asymmetry_by_stream']['hidden']
+    assert described['broken_streams'] == {'hidden': 0}
+    assert text == f'hidden broken at 0, asymmetry {asymmetry:.3g}'
+    without_lines = {'broken_streams': {'hidden': 0}, 'asymmetry_by_stream': None}
+    assert told(lines=[]) == (without_lines, 'hidden broken at 0')
+    assert told(broken_streams=None)[1] == f'hidden asymmetry {asymmetry:.3g}'
+    nothing = {'broken_streams': None, 'asymmetry_by_stream': None}
+    assert told(lines=[], broken_streams=None) == (nothing, 'not recorded')
+    assert told(broken_streams={'hidden': -1})[0]['broken_streams'] == {'hidden': 12}
+    assert told(lines=[], broken_streams={'hidden': -1})[1] == 'hidden not broken yet'
+
+
+@flax.struct.dataclass
+class OldState:
+    """As one that knew no streams, as far as it is read."""
+
+    step: jax.Array
+    params: dict
+    batch_stats: dict
+
+
+def test_a_run_of_a_version_that_knew_no_streams_is_compared(runs, tmp_path, capsys):
+    old = tmp_path / 'old'
+    shutil.copytree(runs['late'], old, ignore=shutil.ignore_patterns('checkpoints', '.lock'))
+    lines = [json.loads(line) for line in (old / 'metrics.jsonl').read_text().splitlines()]
+    kept = [{k: v for k, v in line.items() if not k.endswith('by_stream')} for line in lines]
+    (old / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in kept))
+    variables = jax.tree.map(jnp.asarray, saved_runs.read_run(runs['late']).variables)
+    with Checkpoints(old / 'checkpoints') as checkpoints:
+        checkpoints.save(OldState(jnp.int32(12), **variables), seconds=0.0)
+    status, out, err = command(capsys, old, runs['late'], f'--output={tmp_path / "x.json"}')
+    assert (status, err) == (0, '')
+    assert 'streams: not recorded' in out and 'nowhere: equal to step 12' in out
+    known, _ = json.loads((tmp_path / 'x.json').read_text())['runs']
+    assert known['broken_streams'] is None and known['asymmetry_by_stream'] is None
 
 
 def change_json(file, **fields):

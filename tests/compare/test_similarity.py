@@ -22,6 +22,17 @@ def test_distance_and_angle():
     assert np.isnan(similarity.angle(a, jax.tree.map(np.zeros_like, a)))
 
 
+def test_the_distance_of_a_stream_is_over_the_arrays_that_it_indexes():
+    axes = {'x': (None, 'a'), 'y': ('a', 'b'), 'z': ('b', 'b'), 'other': (None,)}
+    a = {name: RNG.normal(size=(3,) * len(names)) for name, names in axes.items()}
+    b = jax.tree.map(lambda x: x + RNG.normal(size=x.shape), a)
+    squares = {name: np.sum((a[name] - b[name]) ** 2) for name in axes}
+    expected = {
+        'a': np.sqrt(squares['x'] + squares['y']), 'b': np.sqrt(squares['y'] + squares['z'])
+    }  # fmt: skip
+    assert similarity.l2_by_stream(a, b, axes) == pytest.approx(expected, rel=1e-14)
+
+
 def test_small_angles_are_not_lost_in_the_cosine():
     a, b = np.array([1.0, 0.0]), np.array([1.0, 1e-10])
     assert similarity.angle(a, b) == pytest.approx(np.degrees(1e-10), rel=1e-9)

@@ -14,7 +14,7 @@ from zerojax.config import build_perturbation, default_config
 from zerojax.host.checkpoint import Checkpoints
 from zerojax.host.errors import RunError, UsageError
 from zerojax.host.hashes import params_sha256
-from zerojax.run import building, checks, data, program
+from zerojax.run import building, checks, data, program, recorder
 from zerojax.run.train import train
 from zerojax.step import make_train_step, precision
 from zerojax.step.batch import normalize
@@ -25,14 +25,27 @@ def lines(workdir, kind):
     return [record for record in records if record['kind'] == kind]
 
 
-def test_a_run_leaves_what_the_contract_says(tiny_config, tmp_path):
+def test_a_run_leaves_what_the_contract_says(tiny_config, tmp_path, capsys):
     programs = program.Programs()
     summary = train(tiny_config, tmp_path, programs)
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith('step')]
+    assert ['broken 0/3' in shown[0], *('broken 3/3' in line for line in shown[1:])] == [True] * 4
+    assert max(map(len, shown)) <= 100
     assert json.loads((tmp_path / 'summary.json').read_text()) == summary
     assert summary['step'] == 24
     assert summary['broken_at_step'] == 0
     assert summary['asymmetry'] > 0
     assert summary['unique_features']['block1_0/conv'] == 16
+    streams = {'stem': 16, 'block2_0': 32, 'block3_0': 64}
+    assert summary['unique_features_by_stream'] == streams
+    assert summary['broken_streams'] == dict.fromkeys(streams, 0)
+    assert max(summary['asymmetry_by_stream'].values()) == summary['asymmetry']
+    symmetric, *_, broken = lines(tmp_path, 'symmetry')
+    assert symmetric['unique_features_by_stream'] == dict.fromkeys(streams, 1)
+    assert symmetric['distance_by_stream'] == dict.fromkeys(streams, 0.0)
+    for name in ('asymmetry_by_stream', 'unique_features_by_stream'):
+        assert broken[name] == summary[name]
+    assert all(broken['distance_by_stream'][stream] > 0 for stream in streams)
     assert summary['eval_accuracy'] == lines(tmp_path, 'eval')[-1]['accuracy']
     assert summary['best_eval_accuracy'] == max(e['accuracy'] for e in lines(tmp_path, 'eval'))
     assert summary['train_loss'] == lines(tmp_path, 'train')[-1]['loss']
@@ -77,6 +90,13 @@ def test_a_run_leaves_what_the_contract_says(tiny_config, tmp_path):
     tiny_config.perturbation.scale = 1e-5
     with pytest.raises(UsageError, match=r'perturbation\.scale is 1e-06 there and 1e-05 here'):
         train(tiny_config, tmp_path)
+
+
+def test_streams_break_when_their_gradient_is_taken_or_with_the_last_update():
+    asymmetry = {'a': 0.5, 'b': 0.0, 'c': 0.5, 'd': 0.0}
+    remembered = {'a': np.int32(3), 'b': np.int32(0), 'c': np.int32(-1), 'd': np.int32(-1)}
+    expected = {'a': 3, 'b': 0, 'c': 9, 'd': None}
+    assert recorder.when_broken(remembered, asymmetry, step=9) == expected
 
 
 @pytest.fixture
@@ -150,8 +170,22 @@ def test_without_perturbation_symmetry_is_exact_to_the_end(tiny_config, tmp_path
     assert summary['asymmetry'] == 0.0
     assert set(summary['unique_features'].values()) == {1}
     assert summary['broken_at_step'] is None
+    assert set(summary['broken_streams'].values()) == {None}
+    assert set(summary['unique_features_by_stream'].values()) == {1}
+    assert set(summary['asymmetry_by_stream'].values()) == {0.0}
     assert all(line['asymmetry'] == 0.0 for line in lines(tmp_path, 'train'))
     assert np.ptp([line['loss'] for line in lines(tmp_path, 'train')]) > 0.05, 'it does train'
+
+
+@pytest.mark.parametrize('at_step,broken', [(22, 23), (23, 24)])
+def test_noise_on_gradients_breaks_the_symmetry_of_the_step_after_it(
+    toy_config, tmp_path, at_step, broken
+):
+    """Also where that step is never taken, as the run is at its end."""
+    toy_config.perturbation.kind, toy_config.perturbation.at_step = 'gradient', at_step
+    summary = train(toy_config, tmp_path)
+    assert summary['broken_streams'] == {'hidden': broken}
+    assert summary['broken_at_step'] == broken
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(

@@ -50,6 +50,11 @@ def run(train_step, state, count):
     return state, metrics
 
 
+def broken_at_step(state):
+    """The step at which the first stream broke; -1 if none did."""
+    return min((int(x) for x in state.broken_streams.values() if x >= 0), default=-1)
+
+
 def bits(tree):
     """The bytes of every array."""
     return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]

@@ -7,8 +7,9 @@ import numpy as np
 import optax
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
-from small_step import SHAPE, batches, bits, run, setup
+from small_step import SHAPE, batches, bits, broken_at_step, run, setup
 
+from experiments import own_model
 from zerojax import models, perturb, step, symmetry
 from zerojax.step import optimizer
 
@@ -30,7 +31,10 @@ def test_without_perturbation_features_stay_bitwise_identical(convolution, short
     assert metrics['grad_norm'] > 0
     assert symmetry.is_symmetric(state.params, axes['params'])
     assert symmetry.is_symmetric(state.batch_stats, axes['batch_stats'])
-    assert state.broken_at_step == -1
+    assert set(state.broken_streams) == set(
+        symmetry.asymmetry_by_stream(state.params, axes['params'])
+    )
+    assert set(map(int, state.broken_streams.values())) == {-1}
     assert state.nonfinite_at_step == -1
 
 
@@ -74,7 +78,7 @@ def test_a_perturbation_changes_its_step_and_not_a_bit_before(arguments):
         assert same == (number < at_step)
     # Weights are perturbed before the gradient of that step, all else breaks those of the next.
     weights_first = arguments['kind'] in perturb.WEIGHT_KINDS
-    assert state.broken_at_step == (at_step if weights_first else at_step + 1)
+    assert broken_at_step(state) == (at_step if weights_first else at_step + 1)
 
 
 def test_broken_at_step_and_projection_know_orbits():
@@ -89,7 +93,7 @@ def test_broken_at_step_and_projection_know_orbits():
         end = jax.tree.map(jnp.copy, state)
         for batch in batches(3):
             end, _ = train_step(end, batch)
-        assert end.broken_at_step == broken
+        assert broken_at_step(end) == broken
         assert symmetry.is_symmetric(end.params, axes, orbits)
         assert not symmetry.is_symmetric(end.params, axes)
 
@@ -111,9 +115,9 @@ def test_parameters_of_another_precision_train(dtype):
             lambda x: x.astype(dtype) if x.dtype == jnp.float32 else x, batches(1)[0]
         )
         state, _ = train_step(state, batch)
-        assert state.broken_at_step == -1
+        assert broken_at_step(state) == -1
         state, metrics = train_step(state, batch)
-        assert state.broken_at_step == 1
+        assert broken_at_step(state) == 1
         assert {str(x.dtype) for x in jax.tree.leaves(state.params)} == {dtype}
         wide = 'float64' if dtype == 'float64' else 'float32'
         assert {str(x.dtype) for x in jax.tree.leaves(state.batch_stats)} == {wide}
@@ -123,7 +127,7 @@ def test_parameters_of_another_precision_train(dtype):
 def test_dropout_breaks_symmetry_without_any_perturbation():
     _, _, state, train_step = setup(dropout=0.1)
     state, _ = run(train_step, state, 4)
-    assert 0 < state.broken_at_step <= 3
+    assert 0 < broken_at_step(state) <= 3
 
 
 def test_projection_removes_asymmetry_and_changes_nothing_where_there_is_none():
@@ -132,7 +136,7 @@ def test_projection_removes_asymmetry_and_changes_nothing_where_there_is_none():
     state, _ = run(train_step, state, 3)
     assert symmetry.is_symmetric(state.params, model.feature_axes()['params'])
     assert symmetry.is_symmetric(state.batch_stats, model.feature_axes()['batch_stats'])
-    assert state.broken_at_step == 0
+    assert set(map(int, state.broken_streams.values())) == {0}
 
     _, _, projected_state, projected_step = setup(project=True)
     _, _, plain_state, plain_step = setup()
@@ -270,3 +274,40 @@ def test_breaking_one_stream_leaves_the_others_symmetric_to_the_bit(network):
         ended, _ = run(train_step, noisy, 8)
         found = symmetry.asymmetry_by_stream(ended.params, axes)
         assert {name for name, value in found.items() if value > 0} == {broken}
+        assert ended.broken_streams == {name: 0 if name == broken else -1 for name in found}
+
+
+class OwnModel:
+    """The mixer of `experiments.own_model` as the train step takes any model; its streams are c,
+    which its skip connections carry, and h, the hidden features of its MLP."""
+
+    def init(self, key, images, train):
+        return own_model.Mixer().init(key, images[..., 0])
+
+    def apply(self, variables, images, train, mutable, rngs):
+        return own_model.Mixer().apply({'params': variables['params']}, images[..., 0]), {}
+
+    def feature_axes(self):
+        return {'params': own_model.MIXER_AXES, 'batch_stats': {}}
+
+
+def test_the_streams_of_a_users_own_model_break_one_at_a_time():
+    """Each when noise comes to weights that it alone indexes, the other never, or before it."""
+    model, tx = OwnModel(), optimizer.sgd(optax.constant_schedule(0.1), 0.9, False, 5e-4)
+    own = {'c': 'embed/.*|head/kernel', 'h': 'up/bias'}
+    for noisy_at_step_2, layers in own.items():
+        noise = perturb.Perturbation('gaussian', 0.1, at_step=2, layers=layers)
+        train_step = step.make_train_step(model, tx, perturbation=noise)
+        for noisy_before in (set(), own.keys() - {noisy_at_step_2}):
+            state = step.create_state(model, tx, SHAPE, seed=0, perturbation_seed=0)
+            if 'c' in noisy_before:
+                state.params['embed']['bias'] += jnp.linspace(-0.1, 0.1, 32)
+            if 'h' in noisy_before:
+                state.params['up']['bias'] += jnp.linspace(-0.1, 0.1, 64)
+            for number, batch in enumerate(batches(8)):
+                state, _ = train_step(state, batch)
+                found = symmetry.asymmetry_by_stream(state.params, own_model.MIXER_AXES)
+                broken = noisy_before | ({noisy_at_step_2} if number >= 2 else set())
+                assert {name for name, value in found.items() if value > 0} == broken
+            at_step = dict.fromkeys(own, -1) | dict.fromkeys(noisy_before, 0)
+            assert state.broken_streams == at_step | {noisy_at_step_2: 2}

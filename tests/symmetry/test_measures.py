@@ -63,6 +63,8 @@ def test_one_bit_in_one_weight_is_seen_and_its_layer_named(dtype, module, name, 
     symmetric, asymmetry = measured(tree)
     assert not symmetric
     assert {layer for layer, value in asymmetry.items() if value > 0} == {module}
+    by_stream = symmetry.is_symmetric_by_stream(tree, AXES)
+    assert by_stream == {stream: stream not in AXES[module][name] for stream in 'ab'}
 
 
 def test_asymmetry_is_relative_to_the_largest_weight_of_the_same_features():
@@ -90,6 +92,13 @@ def test_a_stream_is_asymmetric_along_its_own_axes_alone():
         by_stream = symmetry.asymmetry_by_stream(tree, axes)
         by_layer = symmetry.asymmetry(tree, axes)
         assert max(by_stream.values()) == max(by_layer.values())
+        equal = {name: not value for name, value in by_stream.items()}
+        assert symmetry.is_symmetric_by_stream(tree, axes) == equal
+        assert symmetry.is_symmetric(tree, axes) == all(equal.values())
+        distances = symmetry.distance_by_stream(tree, axes)
+        assert {name: not value for name, value in distances.items()} == equal
+        counts = symmetry.unique_features_by_stream(tree, axes)
+        assert {name: count == 1 for name, count in counts.items()} == equal
         return {name: float(value) for name, value in by_stream.items()}
 
     assert measured(ones) == {'a': 0, 'b': 0}
@@ -116,6 +125,33 @@ def test_unique_features_counts_distinct_slices_of_the_last_named_axis():
     tree['head']['kernel'][2, 1], tree['head']['kernel'][5, 0] = -0.0, 1e-45
     counts = symmetry.unique_features(tree, AXES)
     assert counts == {'conv': 3, 'bn': 1, 'head': 2}
+
+
+def test_features_of_a_stream_differ_in_any_weight_along_any_of_its_axes():
+    """By bits, but 0.0 equals -0.0; weights of other streams do not tell them apart."""
+    axes = {'in': {'kernel': (None, 'a')}, 'on': {'kernel': ('a', 'a')}, 'out': {'bias': ('b',)}}
+    tree = {
+        'in': {'kernel': np.zeros((2, 6), np.float32)},
+        'on': {'kernel': np.zeros((6, 6), np.float32)},
+        'out': {'bias': np.arange(4, dtype=np.float32)},
+    }
+
+    def counted():
+        counts = symmetry.unique_features_by_stream(tree, axes)
+        assert counts['b'] == 4
+        return counts['a']
+
+    assert counted() == 1
+    tree['in']['kernel'][1, 0] = -0.0
+    assert counted() == 1
+    tree['in']['kernel'][1, 0] = 1e-45
+    assert counted() == 2
+    tree['on']['kernel'][1] = 1.0  # alone along the first of its two axes
+    assert counted() == 3
+    tree['on']['kernel'][:, 2] = -1.0
+    assert counted() == 4
+    tree['on']['kernel'][:, 3] = -1.0
+    assert counted() == 4
 
 
 def test_projection_is_symmetric_idempotent_and_keeps_symmetric_trees_bit_for_bit():
@@ -165,6 +201,9 @@ def test_an_identity_between_equal_features_is_symmetric():
     measure = jax.jit(all_measures(orbits))
     assert measure(tree) == (True, 0.0, 0.0)
     assert symmetry.unique_features(tree, trees.AXES, orbits) == {'in': 1, 'mid': 1}
+    assert symmetry.unique_features_by_stream(tree, trees.AXES, orbits) == {'a': 1, 'b': 1}
+    assert symmetry.is_symmetric_by_stream(tree, trees.AXES, orbits) == {'a': True, 'b': True}
+    assert symmetry.distance_by_stream(tree, trees.AXES, orbits) == {'a': 0.0, 'b': 0.0}
     projected = symmetry.project(tree, trees.AXES, orbits)
     jax.tree.map(np.testing.assert_array_equal, projected, tree)
     for index in ((0, 1), (2, 2)):
@@ -172,30 +211,50 @@ def test_an_identity_between_equal_features_is_symmetric():
         symmetric, asymmetry, distance = measure(changed)
         assert not symmetric and asymmetry > 0 and distance > 0
         assert symmetry.unique_features(changed, trees.AXES, orbits)['mid'] == 2
+        # A class of its own has no axis: it tells of both streams.
+        assert symmetry.unique_features_by_stream(changed, trees.AXES, orbits) == {'a': 2, 'b': 2}
+        by_stream = symmetry.is_symmetric_by_stream(changed, trees.AXES, orbits)
+        assert by_stream == {'a': False, 'b': False}
+
+
+def squared_distance(x, axes, orbits, entries):
+    """From the mean over every class of weights that must be equal, in float64."""
+    index = entries
+    if index is None:
+        index = np.arange(x.size).reshape(x.shape)
+        for axis, name in enumerate(axes):
+            if name is not None:
+                index = np.take(index, orbits.first[name], axis)
+    return sum(
+        ((x[index == each] - x[index == each].mean()) ** 2).sum() for each in np.unique(index)
+    )
 
 
 @pytest.mark.parametrize('tree', [trees.tree_with_orbits(), trees.identity_tree()])
 def test_distance_is_that_to_the_nearest_symmetric_tree(tree):
-    """In float64 against the mean over every class of weights that must be equal; and no symmetric
-    tree is nearer than the mean."""
+    """No symmetric tree is nearer than the mean; of a stream, none that is symmetric in it alone
+    (weights that stand in a class of their own count whole for each of its streams)."""
     orbits = symmetry.find_orbits(tree, trees.AXES)
     rng = np.random.default_rng(2)
     noisy = jax.tree.map(lambda x: x + rng.normal(size=x.shape), tree)
-    with jax.enable_x64(True):
-        measured = jax.jit(lambda tree: symmetry.distance(tree, trees.AXES, orbits))(noisy)
+    by_layer = dict.fromkeys(noisy, 0.0)
+    by_stream = dict.fromkeys('ab', 0.0)
     for layer, arrays in noisy.items():
-        square = 0.0
         for name, x in arrays.items():
-            index = orbits.entries.get((layer, name))
-            if index is None:
-                index = np.arange(x.size).reshape(x.shape)
-                for axis, axis_name in enumerate(trees.AXES[layer][name]):
-                    if axis_name is not None:
-                        index = np.take(index, orbits.first[axis_name], axis)
-            for each in np.unique(index):
-                members = x[index == each]
-                square += ((members - members.mean()) ** 2).sum()
-        assert float(measured[layer]) == pytest.approx(np.sqrt(square), rel=1e-13)
+            axes, entries = trees.AXES[layer][name], orbits.entries.get((layer, name))
+            by_layer[layer] += squared_distance(x, axes, orbits, entries)
+            for stream in set(axes) - {None}:
+                own = [axis if axis == stream else None for axis in axes]
+                by_stream[stream] += squared_distance(x, own, orbits, entries)
+    with jax.enable_x64(True):
+        measured = jax.jit(
+            lambda tree: (
+                symmetry.distance(tree, trees.AXES, orbits),
+                symmetry.distance_by_stream(tree, trees.AXES, orbits),
+            )
+        )(noisy)
+    for found, squares in zip(measured, (by_layer, by_stream), strict=True):
+        assert found == pytest.approx({k: np.sqrt(x) for k, x in squares.items()}, rel=1e-13)
 
 
 @pytest.mark.parametrize(
@@ -227,11 +286,19 @@ def test_weights_that_are_not_finite_are_equal_if_their_bits_are(dtype, value):
     """Equal ones are no asymmetry, one alone is an infinite one; no measure is NaN."""
     tree = symmetric_tree(dtype)
     distance = jax.jit(lambda tree: symmetry.distance(tree, AXES))
+    by_stream = jax.jit(
+        lambda tree: (
+            symmetry.is_symmetric_by_stream(tree, AXES),
+            symmetry.distance_by_stream(tree, AXES),
+        )
+    )
     for name in ('scale', 'bias'):
         tree['bn'][name] = np.full_like(tree['bn'][name], value)
     assert measured(tree) == (True, {'conv': 0.0, 'bn': 0.0, 'head': 0.0})
     assert distance(tree) == {'conv': 0.0, 'bn': 0.0, 'head': 0.0}
     assert symmetry.unique_features(tree, AXES) == {'conv': 1, 'bn': 1, 'head': 1}
+    assert symmetry.unique_features_by_stream(tree, AXES) == {'a': 1, 'b': 1}
+    assert by_stream(tree) == ({'a': True, 'b': True}, {'a': 0.0, 'b': 0.0})
 
     for index in (0, 3):
         tree = trees.changed(symmetric_tree(dtype), 'bn', 'scale', index, lambda _: value)
@@ -240,6 +307,8 @@ def test_weights_that_are_not_finite_are_equal_if_their_bits_are(dtype, value):
         assert asymmetry == {'conv': 0.0, 'bn': np.inf, 'head': 0.0}
         assert distance(tree) == {'conv': 0.0, 'bn': np.inf, 'head': 0.0}
         assert symmetry.unique_features(tree, AXES) == {'conv': 1, 'bn': 2, 'head': 1}
+        assert symmetry.unique_features_by_stream(tree, AXES) == {'a': 1, 'b': 2}
+        assert by_stream(tree) == ({'a': True, 'b': False}, {'a': 0.0, 'b': np.inf})
         assert np.isnan(np.asarray(symmetry.transverse(tree, AXES)['bn']['scale'], float)).all()
 
 

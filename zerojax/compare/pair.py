@@ -82,10 +82,14 @@ def compare_pair(
     if not same:
         return record
     aligned, permutations = align(a, b, dataset.num_classes)
+    axes = network(a, dataset.num_classes).feature_axes()['params']
     return record | {
         'parting': find_parting(a, b, dataset.num_classes),
         'weights': {
             'l2': similarity.l2_distance(a.variables['params'], b.variables['params']),
+            'l2_by_stream': similarity.l2_by_stream(
+                a.variables['params'], b.variables['params'], axes
+            ),
             'angle': finite(similarity.angle(a.variables['params'], b.variables['params'])),
             'l2_aligned': similarity.l2_distance(a.variables['params'], aligned['params']),
             'angle_aligned': finite(similarity.angle(a.variables['params'], aligned['params'])),

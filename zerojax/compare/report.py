@@ -15,6 +15,9 @@ def report(found: Record) -> str:
             f'loss {_number(run["loss"])}, accuracy {run["accuracy"]:.4f}, '
             f'weights {run["params_sha256"][:12]}'
         )
+        lines += textwrap.wrap(
+            f'streams: {_streams(run)}', 100, initial_indent=' ' * 5, subsequent_indent=' ' * 7
+        )
     for number, pair in enumerate(found['pairs'], start=2):
         lines += ['', f'1 and {number}', *_wrapped(_pair_rows(pair))]
     lines += [
@@ -23,6 +26,19 @@ def report(found: Record) -> str:
         *_wrapped(_ensemble_rows(found['ensemble'])),
     ]
     return '\n'.join(lines)
+
+
+def _streams(run: Record) -> str:
+    broken, asymmetry = run['broken_streams'] or {}, run['asymmetry_by_stream'] or {}
+    texts = []
+    for stream in broken or asymmetry:
+        if stream in broken and broken[stream] is None:
+            texts.append(f'{stream} {"symmetric" if stream in asymmetry else "not broken yet"}')
+        else:
+            at_step = [f'broken at {broken[stream]}'] if stream in broken else []
+            size = [f'asymmetry {asymmetry[stream]:.3g}'] if stream in asymmetry else []
+            texts.append(f'{stream} {", ".join(at_step + size)}')
+    return '; '.join(texts) or 'not recorded'
 
 
 def _wrapped(rows: Iterable[tuple[str, str]]) -> Iterator[str]:
@@ -45,6 +61,8 @@ def _pair_rows(pair: Record) -> Iterator[tuple[str, str]]:
             f'aligned {weights["l2_aligned"]:.4g}, {_degrees(weights["angle_aligned"])} '
             f'({weights["features_moved"]} of {weights["features"]} features moved)',
         )
+        by_stream = (f'{name} {x:.4g}' for name, x in weights['l2_by_stream'].items())
+        yield 'by stream', f'L2 distance {", ".join(by_stream)}'
         yield (
             'loss barrier',
             f'{_number(line["barrier"])}; aligned {_number(line["barrier_aligned"])} '

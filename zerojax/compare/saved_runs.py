@@ -18,6 +18,7 @@ from zerojax.host.errors import UsageError
 from zerojax.host.records import Record, read_metrics
 from zerojax.models import Network
 from zerojax.run import data
+from zerojax.run.recorder import when_broken
 from zerojax.step import determinism
 from zerojax.step.batch import normalize
 
@@ -37,6 +38,7 @@ class SavedRun:
     lines: list[Record]  # of metrics.jsonl
     steps: list[int]  # of its checkpoints
     variables: Variables  # of the newest
+    broken_streams: dict[str, int] | None  # as its state has them; None of an older version
 
     @property
     def step(self) -> int:
@@ -73,9 +75,25 @@ def read_run(workdir: pathlib.Path) -> SavedRun:
         raise UsageError(f'{workdir}: holds no run that can be read: {error}') from error
     with Checkpoints(workdir / 'checkpoints', read_only=True) as checkpoints:
         steps = checkpoints.steps
-        return SavedRun(
-            workdir, config, dataset, lines, steps, checkpoints.read_variables(steps[-1])
-        )
+        variables = checkpoints.read_variables(steps[-1])
+        broken_streams = checkpoints.read_broken_streams(steps[-1])
+    return SavedRun(workdir, config, dataset, lines, steps, variables, broken_streams)
+
+
+def describe_streams(run: SavedRun) -> Record:
+    """{'broken_streams', 'asymmetry_by_stream'} at the newest checkpoint, as in summary.json; None
+    where an older version did not record them, or nothing was measured at that step."""
+    measured = [
+        line['asymmetry_by_stream']
+        for line in run.lines
+        if line['step'] == run.step and 'asymmetry_by_stream' in line
+    ]
+    asymmetry = measured[-1] if measured else None
+    known = run.broken_streams
+    return {
+        'broken_streams': None if known is None else when_broken(known, asymmetry or {}, run.step),
+        'asymmetry_by_stream': asymmetry,
+    }
 
 
 def load_dataset(runs: Sequence[SavedRun]) -> data.Dataset:

@@ -7,7 +7,14 @@ import numpy as np
 
 from zerojax.compare import ensemble
 from zerojax.compare.pair import compare_pair, differing_fields, finite, same_network
-from zerojax.compare.saved_runs import Predictions, SavedRun, load_dataset, predict, read_run
+from zerojax.compare.saved_runs import (
+    Predictions,
+    SavedRun,
+    describe_streams,
+    load_dataset,
+    predict,
+    read_run,
+)
 from zerojax.host.hashes import params_sha256
 from zerojax.host.records import Record
 from zerojax.run.data import Dataset
@@ -40,6 +47,7 @@ def compare(workdirs: Sequence[pathlib.Path]) -> Record:
                 'loss': finite(found.loss),
                 'accuracy': float(np.mean(found.correct)),
                 'params_sha256': params_sha256(run.variables['params']),
+                **describe_streams(run),
             }
             for run, found in zip(runs, predictions, strict=True)
         ],

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from zerojax.step.precision import at_least_float32
+from zerojax.symmetry import named_axes
 
 Tree = Any
 
@@ -22,6 +23,21 @@ def _vector(tree: Tree) -> np.ndarray:
 def l2_distance(a: Tree, b: Tree) -> float:
     """|a - b| over all arrays of two trees of one structure, in units of the weights."""
     return float(np.linalg.norm(_vector(a) - _vector(b)))
+
+
+def l2_by_stream(a: Tree, b: Tree, feature_axes: Tree) -> dict[str, float]:
+    """|a - b| over the arrays that each stream indexes, by name of an axis; see `zerojax.symmetry`.
+
+    Raises:
+        ValueError: trees and declaration do not fit each other.
+    """
+    squares: dict[str, float] = {}
+    for (_, x, names), (_, y, _) in zip(
+        named_axes(a, feature_axes), named_axes(b, feature_axes), strict=True
+    ):
+        for stream in dict.fromkeys(names.values()):
+            squares[stream] = squares.get(stream, 0.0) + l2_distance(x, y) ** 2
+    return {stream: float(np.sqrt(square)) for stream, square in squares.items()}
 
 
 def angle(a: Tree, b: Tree) -> float:

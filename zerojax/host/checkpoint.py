@@ -203,18 +203,8 @@ class Checkpoints:
             UsageError: it is the checkpoint of another step.
             RunError: it is damaged.
         """
-        partial = ocp.options.PyTreeOptions(
-            loading=ocp.options.PyTreeOptions.Loading(partial_load=True)
-        )
         try:
-            stored = self._checkpointer.metadata(step).metadata
-            # As NumPy arrays: JAX would round float64 to float32 where x64 is off.
-            abstract = jax.tree.map(
-                lambda x: np.empty(x.shape, x.dtype),
-                {name: stored[name] for name in ('params', 'batch_stats', 'step')},
-            )
-            with ocp.Context(pytree_options=partial):
-                variables = self._checkpointer.load(step, abstract_state=abstract)
+            variables = self._load_parts(step, ('params', 'batch_stats', 'step'))
             digest = self._checkpointer.metadata(step).custom_metadata['variables_sha256']
         except Exception as error:  # Orbax and TensorStore raise many kinds
             raise self._unreadable(step, type(error).__name__) from error
@@ -223,6 +213,34 @@ class Checkpoints:
             raise self._unreadable(step, 'its bytes are not those that were saved')
         self._check_step(step, saved_at)
         return variables
+
+    def read_broken_streams(self, step: int) -> dict[str, int] | None:
+        """`TrainState.broken_streams` of the checkpoint of `step`; None if an older version saved
+        it, which did not know them.
+
+        Raises:
+            RunError: it is damaged.
+        """
+        try:
+            if 'broken_streams' not in self._checkpointer.metadata(step).metadata:
+                return None
+            saved = self._load_parts(step, ('broken_streams',))['broken_streams']
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            raise self._unreadable(step, type(error).__name__) from error
+        return {stream: int(at_step) for stream, at_step in saved.items()}
+
+    def _load_parts(self, step: int, names: Sequence[str]) -> dict[str, Any]:
+        """Fields of the state that was saved, as NumPy arrays: JAX would round float64 to float32
+        where x64 is off."""
+        partial = ocp.options.PyTreeOptions(
+            loading=ocp.options.PyTreeOptions.Loading(partial_load=True)
+        )
+        stored = self._checkpointer.metadata(step).metadata
+        abstract = jax.tree.map(
+            lambda x: np.empty(x.shape, x.dtype), {name: stored[name] for name in names}
+        )
+        with ocp.Context(pytree_options=partial):
+            return self._checkpointer.load(step, abstract_state=abstract)
 
     def _check_step(self, step: int, saved_at: Any) -> None:
         if int(saved_at) != step:

@@ -23,8 +23,13 @@ def import_in_background() -> None:
     threading.Thread(target=import_it, name='import of Matplotlib').start()
 
 
-def draw_run(lines: list[Record], broken_at_step: int | None, path: pathlib.Path) -> None:
-    """Draws loss, accuracy and each stream's asymmetry (log axis) against the step into a PNG."""
+def draw_run(
+    lines: list[Record], broken_streams: dict[str, int | None], path: pathlib.Path
+) -> None:
+    """Draws loss, accuracy and each stream's asymmetry (log axis) against the step into a PNG.
+
+    `broken_streams` as in summary.json; the steps of single streams are marked if they differ.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -46,6 +51,7 @@ def draw_run(lines: list[Record], broken_at_step: int | None, path: pathlib.Path
     accuracy.set_ylabel('accuracy')
     accuracy.set_ylim(0, 1.02)
 
+    broken_at_steps = {at_step for at_step in broken_streams.values() if at_step is not None}
     broken = [line for line in train if line['asymmetry'] > 0]
     asymmetry.set_yscale('log')
     # A run that an older version began has lines without streams, but for its last ones.
@@ -55,8 +61,13 @@ def draw_run(lines: list[Record], broken_at_step: int | None, path: pathlib.Path
             for line in broken
             if line.get('asymmetry_by_stream', {}).get(stream, 0) > 0
         ]
+        style = {'color': f'C{i + 2}', 'label': stream}
+        at_step = broken_streams[stream]
+        if at_step is not None and len(broken_at_steps) > 1:
+            style['label'] = f'{stream}, broken at {at_step}'
+            asymmetry.axvline(at_step, color=style['color'], ls=':', lw=1.2)
         if of_stream:
-            asymmetry.plot(*zip(*of_stream, strict=True), color=f'C{i + 2}', lw=1.2, label=stream)
+            asymmetry.plot(*zip(*of_stream, strict=True), lw=1.2, **style)
     if not broken:
         asymmetry.set_ylim(1e-8, 10)
         asymmetry.text(
@@ -65,13 +76,10 @@ def draw_run(lines: list[Record], broken_at_step: int | None, path: pathlib.Path
     asymmetry.set_ylabel('asymmetry of each stream')
     asymmetry.set_xlabel('step')
     for axes in (loss, accuracy, asymmetry):
-        if broken_at_step is not None:
+        if broken_at_steps:
+            first = min(broken_at_steps)
             axes.axvline(
-                broken_at_step,
-                color='0.3',
-                ls='--',
-                lw=1,
-                label=f'symmetry broken at {broken_at_step}',
+                first, color='0.3', ls='--', lw=1, zorder=1, label=f'symmetry broken at {first}'
             )
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8, frameon=False)

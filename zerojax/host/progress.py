@@ -8,6 +8,12 @@ import tqdm
 
 from zerojax.host import distributed
 
+COLUMNS = 100  # of a line
+
+
+def _text(value: float | str, form: str) -> str:
+    return value if isinstance(value, str) else format(value, form)
+
 
 class Progress:
     """One progress bar for all runs on a terminal; a plain line for each evaluation elsewhere.
@@ -40,10 +46,10 @@ class Progress:
         self._done += steps
         self._bar.update(steps)
 
-    def show(self, **values: float) -> None:
+    def show(self, **values: float | str) -> None:
         """Shows the values beside the bar."""
         self._bar.set_postfix(
-            {name: f'{value:.3g}' for name, value in values.items()}, refresh=False
+            {name: _text(value, '.3g') for name, value in values.items()}, refresh=False
         )
 
     def say(self, message: str) -> None:
@@ -55,15 +61,15 @@ class Progress:
         else:
             self._bar.write(message)
 
-    def evaluated(self, where: str, **values: float) -> None:
-        """Shows an evaluation `where` it was made; in a plain line also speed and time left."""
-        shown = '  '.join(f'{name} {value:.4g}' for name, value in values.items())
-        speed = ''
+    def evaluated(self, where: str, **values: float | str) -> None:
+        """Shows an evaluation `where` it was made; time left and speed as far as they fit."""
+        line = '  '.join([where, *(f'{name} {_text(x, ".4g")}' for name, x in values.items())])
         if self._done > self._start_done:
             per_step = (time.monotonic() - self._start) / (self._done - self._start_done)
             left = (self._num_steps - self._done) * per_step
-            speed = f'  {1 / per_step:.1f} steps/s  {left:.0f} s left'
-        self.say(f'{where}  {shown}{speed}')
+            for more in (f'  {left:.0f} s left', f'  {1 / per_step:.1f} steps/s'):
+                line += more if len(line + more) <= COLUMNS else ''
+        self.say(line)
 
     def __enter__(self) -> Self:
         return self

@@ -120,8 +120,9 @@ def _variables(state: TrainState) -> dict[str, Any]:
 
 
 def as_record(measured: Any) -> Record:
-    """One run's measurements of its layers, as JSON takes them.
+    """One run's measurements, as JSON takes them, which knows no infinity.
 
-    Only the diversity can be infinite, where features are identical; JSON knows no infinity.
+    The diversity is infinite where features are identical; a distance, where its square is too
+    large for the dtype.
     """
-    return jax.tree.map(lambda x: x.item() if np.isfinite(x) else None, measured)
+    return jax.tree.map(lambda x: np.asarray(x).item() if np.isfinite(x) else None, measured)

@@ -195,6 +195,15 @@ class Program:
         return Executable(self._jit(self._for_all_runs(measure)))
 
     @functools.cached_property
+    def measure_distance(self) -> Executable:
+        """params -> distance of each stream."""
+
+        def measure(params: Any) -> dict[str, jax.Array]:
+            return symmetry.distance_by_stream(params, self.feature_axes, self.orbits)
+
+        return Executable(self._jit(self._for_all_runs(measure)))
+
+    @functools.cached_property
     def _measure_kernels(self) -> Executable:
         return Executable(self._jit(self._for_all_runs(metrics.of_kernels)))
 
@@ -208,6 +217,7 @@ class Program:
             self.evaluate.lower(state),
             self.measure_layers.lower(state),
             self.measure_asymmetry.lower(state.params),
+            self.measure_distance.lower(state.params),
         ]
         if not self._measures_on_host(state.params):
             lowered.append(self._measure_kernels.lower(state.params))
@@ -235,21 +245,27 @@ class Program:
         return sum(x.size for x in jax.tree.leaves(params)) <= MEASURED_ON_HOST
 
     def measure_params(self, params: Any) -> tuple[Any, Any]:
-        """(number of unique features of each layer, `metrics.of_kernels`), for each run."""
+        """(numbers of unique features of each layer and stream, `metrics.of_kernels`), for each
+        run."""
         on_host = distributed.fetch(params)
 
         def of_each(function: Callable[[Any], Any]) -> Any:
             measured = [function(each) for each in self.split(on_host)]
             return jax.tree.map(lambda *x: np.stack(x), *measured) if self.runs else measured[0]
 
-        unique = of_each(
-            lambda each: symmetry.unique_features(each, self.feature_axes, self.orbits)
-        )
+        def count(params: Any) -> dict[str, dict[str, int]]:
+            what = params, self.feature_axes, self.orbits
+            return {
+                'unique_features': symmetry.unique_features(*what),
+                'unique_features_by_stream': symmetry.unique_features_by_stream(*what),
+            }
+
+        counts = of_each(count)
         # Small kernels cost the host less than the compiler.
         if self._measures_on_host(params):
             with np.errstate(all='ignore'):  # weights may be infinite, of runs that have failed
-                return unique, of_each(metrics.of_kernels)
-        return unique, distributed.fetch(self._measure_kernels(params))
+                return counts, of_each(metrics.of_kernels)
+        return counts, distributed.fetch(self._measure_kernels(params))
 
     def place(self, x: Any) -> Any:
         """The array on the device, or a copy of it on each."""

@@ -3,7 +3,7 @@
 import contextlib
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -112,6 +112,7 @@ class Recorder:
         step: int,
         evaluation: dict[str, Any],
         asymmetry: tuple[dict[str, Any], dict[str, Any]],
+        distance_by_stream: dict[str, Any],
         of_params: tuple[dict[str, Any], Any],
         of_layer_outputs: Any,
     ) -> None:
@@ -124,7 +125,7 @@ class Recorder:
             )
             return
         self.metrics.write(step, 'eval', **evaluation)
-        unique_features, of_kernels = of_params
+        counts, of_kernels = of_params
         by_layer, by_stream = (
             {name: float(value) for name, value in each.items()} for each in asymmetry
         )
@@ -134,18 +135,20 @@ class Recorder:
             asymmetry=max(by_layer.values()),
             asymmetry_by_layer=by_layer,
             asymmetry_by_stream=by_stream,
-            unique_features={name: int(number) for name, number in unique_features.items()},
+            **as_record({'distance_by_stream': distance_by_stream} | counts),
         )
         self.metrics.write(step, 'layers', **as_record(of_kernels | of_layer_outputs))
 
-    def shown(self) -> dict[str, float]:
-        """Loss and accuracy of the last evaluation, and the asymmetry then."""
+    def shown(self) -> dict[str, float | str]:
+        """Loss and accuracy of the last evaluation; asymmetry and number of broken streams then."""
         evaluation, symmetry = self.metrics.last('eval'), self.metrics.last('symmetry')
         assert evaluation is not None and symmetry is not None
+        by_stream = symmetry['asymmetry_by_stream'].values()
         return {
             'loss': evaluation['loss'],
             'accuracy': evaluation['accuracy'],
             'asymmetry': symmetry['asymmetry'],
+            'broken': f'{sum(value > 0 for value in by_stream)}/{len(by_stream)}',
         }
 
     def save(self, state: TrainState, seconds: float) -> None:
@@ -160,7 +163,7 @@ class Recorder:
         if distributed.is_first():
             records.write_json(self.workdir / 'summary.json', summary)
             figure = self.workdir / 'figures' / 'run.png'
-            figures.draw_run(self.metrics.lines, summary['broken_at_step'], figure)
+            figures.draw_run(self.metrics.lines, summary['broken_streams'], figure)
         return summary
 
 
@@ -228,7 +231,12 @@ class Recorders:
         program = self._program
         measured = (
             program.evaluate(state),
-            distributed.fetch(program.measure_asymmetry(state.params)),
+            *distributed.fetch(
+                (
+                    program.measure_asymmetry(state.params),
+                    program.measure_distance(state.params),
+                )
+            ),
             program.measure_params(state.params),
             program.measure_layers(state),
         )
@@ -262,9 +270,10 @@ class Recorders:
 def summarize(state: TrainState, metrics: MetricsLog, seconds: float) -> Record:
     """What `summary.json` holds; the fields are explained in the README."""
     symmetry_line = metrics.of_kind('symmetry')[-1]
-    broken_at_step = int(state.broken_at_step)
-    if broken_at_step < 0 and symmetry_line['asymmetry'] > 0:
-        broken_at_step = int(state.step)  # the very last update broke it
+    broken_streams = when_broken(
+        state.broken_streams, symmetry_line['asymmetry_by_stream'], int(state.step)
+    )
+    broken_at_steps = [at_step for at_step in broken_streams.values() if at_step is not None]
     evaluations = metrics.of_kind('eval')
     return {
         'step': int(state.step),
@@ -273,10 +282,30 @@ def summarize(state: TrainState, metrics: MetricsLog, seconds: float) -> Record:
         'best_eval_accuracy': max(line['accuracy'] for line in evaluations),
         'asymmetry': symmetry_line['asymmetry'],
         'unique_features': symmetry_line['unique_features'],
-        'broken_at_step': None if broken_at_step < 0 else broken_at_step,
+        'broken_at_step': min(broken_at_steps, default=None),
+        'asymmetry_by_stream': symmetry_line['asymmetry_by_stream'],
+        'unique_features_by_stream': symmetry_line['unique_features_by_stream'],
+        'broken_streams': broken_streams,
         'params_sha256': params_sha256(jax.device_get(state.params)),
         'seconds': round(seconds, 1),
     }
+
+
+def when_broken(
+    remembered: Mapping[str, Any], asymmetry_by_stream: Mapping[str, float], step: int
+) -> dict[str, int | None]:
+    """The step at which each stream broke, None if it never did, known after `step` updates.
+
+    `remembered` is `TrainState.broken_streams`. At what the very last update broke no gradient was
+    taken yet; its asymmetry tells.
+    """
+    broken: dict[str, int | None] = {}
+    for stream, at_step in remembered.items():
+        if at_step >= 0:
+            broken[stream] = int(at_step)
+        else:
+            broken[stream] = step if asymmetry_by_stream.get(stream, 0) > 0 else None
+    return broken
 
 
 def run_facts(program: Program) -> Record:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from zerojax.step.precision import at_least_float32
+from zerojax.symmetry.orbits import feature_counts
 
 Tree = Any
 
@@ -27,8 +28,8 @@ class TrainState:
         mask: None, or bools like `params`: weights where it is False are pruned, held at 0.
         opt_state: state of the optax transformation.
         keys: a typed PRNG key [] for each purpose: `KEY_PURPOSES` and 'perturbation'.
-        broken_at_step: the first step whose gradient was taken at weights that were not symmetric,
-            int32 []; -1 as long as there was none.
+        broken_streams: for each stream, a name of `feature_axes`, the first step whose gradient was
+            taken at weights that were not symmetric in it, int32 []; -1 as long as there was none.
         nonfinite_at_step: the first update (counted from 1) whose loss, gradient or new state was
             not finite, int32 []; -1 as long as there was none.
     """
@@ -39,7 +40,7 @@ class TrainState:
     mask: Tree
     opt_state: Tree
     keys: dict[str, jax.Array]
-    broken_at_step: jax.Array
+    broken_streams: dict[str, jax.Array]
     nonfinite_at_step: jax.Array
 
 
@@ -56,7 +57,11 @@ def create_state(
 
     `seed` decides the initial weights, the order of examples, augmentation and dropout;
     `perturbation_seed` only the perturbation. Parameters are drawn in float32 and then rounded to
-    `dtype`, in which the network computes; statistics are held in float32 or better.
+    `dtype`, in which the network computes; statistics are held in float32 or better. The model
+    declares its `feature_axes`, see `Model`.
+
+    Raises:
+        ValueError: they do not fit the parameters.
     """
     root = jax.random.key(seed)
     init_key, *keys = [jax.random.fold_in(root, i) for i in range(1 + len(KEY_PURPOSES))]
@@ -66,6 +71,7 @@ def create_state(
     batch_stats = jax.tree.map(
         lambda x: x.astype(at_least_float32(dtype)), variables.get('batch_stats', {})
     )
+    streams = feature_counts(params, model.feature_axes()['params'])
     return TrainState(
         step=jnp.int32(0),
         params=params,
@@ -73,6 +79,6 @@ def create_state(
         mask=None,
         opt_state=tx.init(params),
         keys=dict(zip(KEY_PURPOSES, keys, strict=True)) | {'perturbation': perturbation_key},
-        broken_at_step=jnp.int32(-1),
+        broken_streams={stream: jnp.int32(-1) for stream in streams},
         nonfinite_at_step=jnp.int32(-1),
     )

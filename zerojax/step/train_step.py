@@ -62,7 +62,7 @@ def train_step_function(
             frozen=frozen,
         )
         params = _pruned(params, state.mask)
-        symmetric = symmetry.is_symmetric(params, feature_axes['params'], orbits)
+        symmetric = symmetry.is_symmetric_by_stream(params, feature_axes['params'], orbits)
 
         def loss_function(params: Tree) -> tuple[jax.Array, tuple[jax.Array, Tree]]:
             logits_BxN, updated = model.apply(
@@ -110,7 +110,12 @@ def train_step_function(
             mask=state.mask,
             opt_state=opt_state,
             keys=state.keys,
-            broken_at_step=_first_time(state.broken_at_step, ~symmetric, state.step),
+            # A quotient network has no streams, and leaves those of the state it began with.
+            broken_streams=state.broken_streams
+            | {
+                stream: _first_time(state.broken_streams[stream], ~equal, state.step)
+                for stream, equal in symmetric.items()
+            },
             nonfinite_at_step=_first_time(state.nonfinite_at_step, ~finite, state.step + 1),
         )
         return new_state, metrics

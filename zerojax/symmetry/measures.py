@@ -15,10 +15,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
 from zerojax.symmetry.bits import bit_patterns
-from zerojax.symmetry.orbits import Orbits, Path, Tree, first_equal_rows, named_axes, signature
+from zerojax.symmetry.orbits import (
+    Orbits,
+    Path,
+    Tree,
+    feature_counts,
+    first_equal_rows,
+    named_axes,
+    signature,
+)
 
 
 def _along(x: jax.Array, axis: int, first: np.ndarray | None) -> jax.Array:
@@ -65,12 +73,32 @@ def is_symmetric(tree: Tree, feature_axes: Tree, orbits: Orbits | None = None) -
     Raises:
         ValueError: tree and declaration do not fit each other.
     """
-    equal = [
-        _is_first(x, to_first)
-        for path, x, names in named_axes(tree, feature_axes)
-        for _, to_first in _classes(path, names, orbits)
-    ]
-    return jnp.all(jnp.array(equal))
+    return jnp.all(jnp.array([equal for _, equal in _equalities(tree, feature_axes, orbits)]))
+
+
+def is_symmetric_by_stream(
+    tree: Tree, feature_axes: Tree, orbits: Orbits | None = None
+) -> dict[str, jax.Array]:
+    """As `is_symmetric`, for each stream: bool []. Of what a stream is and which weights tell of
+    it, see `asymmetry_by_stream`.
+
+    Raises:
+        ValueError: tree and declaration do not fit each other.
+    """
+    streams: dict[str, list[jax.Array]] = {}
+    for names, equal in _equalities(tree, feature_axes, orbits):
+        for name in names:
+            streams.setdefault(name, []).append(equal)
+    return {name: jnp.all(jnp.array(values)) for name, values in streams.items()}
+
+
+def _equalities(
+    tree: Tree, feature_axes: Tree, orbits: Orbits | None
+) -> Iterator[tuple[list[str], jax.Array]]:
+    """(axis names concerned, whether all is as it must be, bool []) of each class."""
+    for path, x, names in named_axes(tree, feature_axes):
+        for concerned, to_first in _classes(path, names, orbits):
+            yield concerned, _is_first(x, to_first)
 
 
 def asymmetry(
@@ -163,13 +191,39 @@ def distance(tree: Tree, feature_axes: Tree, orbits: Orbits | None = None) -> di
         ValueError: tree and declaration do not fit each other.
     """
     layers: dict[str, list[jax.Array]] = {}
-    deviations = flatten_dict(transverse(tree, feature_axes, orbits))
-    for path, _, names in named_axes(tree, feature_axes):
+    for path, x, names in named_axes(tree, feature_axes):
         if names:
-            square = jnp.sum(deviations[path] ** 2)
-            square = jnp.where(jnp.isnan(square), jnp.full_like(square, jnp.inf), square)
+            square = _squared_distance(x, path, names, orbits)
             layers.setdefault('/'.join(path[:-1]), []).append(square)
     return {layer: jnp.sqrt(sum(values)) for layer, values in layers.items()}
+
+
+def distance_by_stream(
+    tree: Tree, feature_axes: Tree, orbits: Orbits | None = None
+) -> dict[str, jax.Array]:
+    """As `distance`, for each stream: from the nearest weights that are symmetric in it alone.
+
+    There each weight is the mean of all that must equal it along the stream's own axes; where its
+    array stands in `orbits.entries`, of all that must equal it. So a kernel between two streams
+    adds to both, to each what its own features differ by.
+
+    Raises:
+        ValueError: tree and declaration do not fit each other.
+    """
+    streams: dict[str, list[jax.Array]] = {}
+    for path, x, names in named_axes(tree, feature_axes):
+        for stream in dict.fromkeys(names.values()):
+            own = {axis: name for axis, name in names.items() if name == stream}
+            streams.setdefault(stream, []).append(_squared_distance(x, path, own, orbits))
+    return {stream: jnp.sqrt(sum(values)) for stream, values in streams.items()}
+
+
+def _squared_distance(
+    x: jax.Array, path: Path, names: dict[int, str], orbits: Orbits | None
+) -> jax.Array:
+    """Of an array from what is symmetric along these axes, []; infinite where it is no number."""
+    square = jnp.sum(_transverse(x, path, names, orbits) ** 2)
+    return jnp.where(jnp.isnan(square), jnp.full_like(square, jnp.inf), square)
 
 
 def transverse(tree: Tree, feature_axes: Tree, orbits: Orbits | None = None) -> Tree:
@@ -182,15 +236,23 @@ def transverse(tree: Tree, feature_axes: Tree, orbits: Orbits | None = None) -> 
     Raises:
         ValueError: tree and declaration do not fit each other.
     """
-    parts = {}
-    for path, x, names in named_axes(tree, feature_axes):
-        first = _project(x, path, names, orbits)
-        # Exactly 0 where features are equal, infinite ones as well.
-        equal = bit_patterns(jnp.asarray(x)) == bit_patterns(jnp.asarray(first))
-        deviation = jnp.where(equal, jnp.zeros_like(x), x - first)
-        part = deviation - _class_mean(deviation, path, names, orbits)
-        parts[path] = jnp.where(jnp.all(jnp.isfinite(deviation)), part, jnp.full_like(x, jnp.nan))
-    return unflatten_dict(parts)
+    return unflatten_dict(
+        {
+            path: _transverse(x, path, names, orbits)
+            for path, x, names in named_axes(tree, feature_axes)
+        }
+    )
+
+
+def _transverse(
+    x: jax.Array, path: Path, names: dict[int, str], orbits: Orbits | None
+) -> jax.Array:
+    first = _project(x, path, names, orbits)
+    # Exactly 0 where features are equal, infinite ones as well.
+    equal = bit_patterns(jnp.asarray(x)) == bit_patterns(jnp.asarray(first))
+    deviation = jnp.where(equal, jnp.zeros_like(x), x - first)
+    part = deviation - _class_mean(deviation, path, names, orbits)
+    return jnp.where(jnp.all(jnp.isfinite(deviation)), part, jnp.full_like(x, jnp.nan))
 
 
 def _class_mean(
@@ -236,7 +298,7 @@ def unique_features(tree: Tree, feature_axes: Tree, orbits: Orbits | None = None
         _, _, names_of_largest = min(arrays, key=lambda array: (-array[1].ndim, array[0]))
         features = names_of_largest[max(names_of_largest)]
         columns = [
-            _rows(path, x, names, orbits)
+            _rows(path, x, max(names), names, orbits)
             for path, x, names in arrays
             if names[max(names)] == features
         ]
@@ -244,9 +306,31 @@ def unique_features(tree: Tree, feature_axes: Tree, orbits: Orbits | None = None
     return counts
 
 
-def _rows(path: Path, x: np.ndarray, names: dict[int, str], orbits: Orbits | None) -> np.ndarray:
-    """[features of the last named axis, ...]: rows of integers, equal where the weights are."""
-    axis = max(names)
+def unique_features_by_stream(
+    tree: Tree, feature_axes: Tree, orbits: Orbits | None = None
+) -> dict[str, int]:
+    """Number of features of each stream that differ from one another in at least one weight.
+
+    A feature's weights are its slices of all arrays that the stream indexes, along each axis of its
+    name. Exact, and of arrays in `orbits.entries`, as `unique_features`. Runs on the host.
+
+    Raises:
+        ValueError: tree and declaration do not fit each other, or two axes of one name differ in
+            length.
+    """
+    columns: dict[str, list[np.ndarray]] = {
+        stream: [] for stream in feature_counts(tree, feature_axes)
+    }
+    for path, x, names in named_axes(tree, feature_axes):
+        for axis, stream in names.items():
+            columns[stream].append(_rows(path, np.asarray(x), axis, names, orbits))
+    return {stream: len(set(first_equal_rows(rows))) for stream, rows in columns.items()}
+
+
+def _rows(
+    path: Path, x: np.ndarray, axis: int, names: dict[int, str], orbits: Orbits | None
+) -> np.ndarray:
+    """[features of the axis, ...]: rows of integers, equal where the weights are."""
     if orbits is not None and path in orbits.entries:
         return signature(x, axis, names, orbits.first)
     return np.moveaxis(bit_patterns(x), axis, 0).reshape(x.shape[axis], -1)
