@@ -114,31 +114,27 @@ def cost_lines(
 ) -> list[str]:
     """What the prediction and the runs that it stands for cost."""
     config, steps = predictor.config, predictor.steps
-    share = operations['reduced'] / operations['full']
     # The linear part's steps take about two of the reduced network's each.
     seconds = predictor.seconds_per_step() * steps * (runs + 2)
     return [
         f'{config.model.name} on {config.dataset.name}, {steps} of {config.num_steps} steps; '
         f'{runs} run{"s" if runs > 1 else ""} with gaussian noise on the initial weights',
-        f'a step of the run: {operations["full"]:.2g} operations; of the reduced network of '
-        f'{features} features a stream: {operations["reduced"]:.2g}, {share:.2g} of it',
-        f'the prediction takes about {seconds:.0f} s; it stands for '
+        f'operations a step: {operations["full"]:.2g}; of a reduced network of {features} features '
+        f'a stream {operations["reduced"]:.2g}',
+        f'this takes about {seconds:.0f} s; the runs themselves take '
         f'{runs * steps * operations["full"]:.2g} operations',
     ]
 
 
 def predict(
-    config: ConfigDict, scales: list[float], steps: int, features: int, seeds: int
-) -> tuple[Predictor, records.Record, dict[float, tuple[Curves, list[Curves]]]]:
-    """The predictor, what predict.json holds, and {scale: (linear, reduced of each seed)}.
+    predictor: Predictor, scales: list[float], features: int, seeds: int
+) -> tuple[records.Record, dict[float, tuple[Curves, list[Curves]]]]:
+    """What predict.json holds, and {scale: (linear, reduced of each seed)}.
 
     Raises:
-        UsageError: the run cannot be predicted.
-        RunError: its symmetric run diverges.
+        RunError: the symmetric run itself diverges.
     """
-    check_predictable(config)
     began = time.monotonic()
-    predictor = Predictor(config, data.load_of(config), steps, features)
     operations = predictor.operations()
     for line in cost_lines(predictor, operations, features, len(scales) * seeds):
         print(line, flush=True)
@@ -146,9 +142,10 @@ def predict(
         active = predictor.active()
     except ValueError as error:
         raise RunError(f'the symmetric run itself: {error}') from error
+    first = predictor.config.perturbation.seed
     curves = {}
     with Progress(len(scales) * seeds * predictor.steps) as progress:
-        noises = [predictor.noise(config.perturbation.seed + i) for i in range(seeds)]
+        noises = [predictor.noise(first + i) for i in range(seeds)]
         for scale in scales:
             reduced = [predictor.reduced(noise, scale, progress.advance) for noise in noises]
             curves[scale] = predictor.linear(scale), reduced
@@ -164,7 +161,7 @@ def predict(
         'steps': predictor.steps,
         'seconds': round(time.monotonic() - began, 1),
     }
-    return predictor, found, curves
+    return found, curves
 
 
 def screen(found: records.Record) -> list[str]:
@@ -253,8 +250,9 @@ def run(argv: list[str]) -> None:
     seeds = cli.count(values, 'seeds', least=1)
     scales = parse_scales(values.scales, config)
     check_predictable(config)
+    predictor = Predictor(config, data.load_of(config), steps, features)
     cli.make_folder(workdir)
-    _, found, curves = predict(config, scales, steps, features, seeds)
+    found, curves = predict(predictor, scales, features, seeds)
     for line in screen(found):
         print(line)
     draw(curves, seeds, workdir / 'figures' / 'predict.png')
