@@ -21,9 +21,9 @@ from zerojax.symmetry.measures import (
     transverse,
     unique_features,
 )
-from zerojax.symmetry.orbits import Orbits, find_orbits, named_axes, output_axes
+from zerojax.symmetry.orbits import Orbits, find_orbits, named_axes, output_axes, stream_names
 
 __all__ = [
     'Orbits', 'asymmetry', 'asymmetry_by_stream', 'distance', 'find_orbits', 'is_symmetric',
-    'named_axes', 'output_axes', 'project', 'transverse', 'unique_features',
+    'named_axes', 'output_axes', 'project', 'stream_names', 'transverse', 'unique_features',
 ]  # fmt: skip
