@@ -258,9 +258,13 @@ class Verdict:
         lines = []
         differing_first = sorted(streams.items(), key=lambda item: not item[1])
         for broken, others in differing_first[:_ROWS]:
-            differing = [f'{other} by {_ulps(x[1])} ULPs' for other, x in others.items()]
-            told = f'differ: {_shortened(differing)}' if others else 'all others bitwise equal'
-            lines.append(f'  {broken:<32} {told}')
+            differing = [f'{other} by {_ulps(spread)}' for other, (_, spread) in others.items()]
+            told = (
+                f'differ, in ULPs: {_shortened(differing)}'
+                if others
+                else 'all others bitwise equal'
+            )
+            lines.append(f'  {broken:<16} {told}')
         return lines + _and_more(len(streams))
 
     def table(self) -> list[str]:
