@@ -127,7 +127,7 @@ def test_streams_of_the_digits_config_are_kept_while_another_is_broken():
     }
     for others in streams.values():
         assert all(x.distinct == 1 for tensors in others.values() for x in tensors.values())
-        assert any(x.magnitude > 0 for tensors in others.values() for x in tensors.values())
+        assert all(x.magnitude > 0 for tensors in others.values() for x in tensors.values())
     for name in ('outputs/stem', 'new_params/block1_0/conv/kernel'):
         assert name in streams['block2_0']['stem']
     assert 'new_batch_stats/block3_0/bn/mean' in streams['stem']['block2_0']
@@ -247,8 +247,10 @@ def test_streams_that_differ_come_first():
 def test_tensors_that_tell_nothing_are_said_to():
     noise = verdict().noise
     noise[ONE_EXECUTABLE] = noise[ONE_EXECUTABLE] | {'forward/x1': Spread(1, 0, 0.0, 0.0, 0.0)}
-    assert verdict(noise=noise).sentences()[-1] == (
-        'Tensors that are 0 throughout and tell nothing: forward/x1.'
+    zero = Spread(1, 0, 0.0, 0.0, 0.0)
+    streams = {'a': {'b': {'outputs/x': QUIET, 'outputs/y': zero, 'new_params/z': zero}}}
+    assert verdict(noise=noise, streams=streams).sentences()[-1] == (
+        'Tensors that are 0 throughout and tell nothing: forward/x1, outputs/y while a is broken.'
     )
 
 

@@ -24,6 +24,10 @@ from zerojax.symmetry.orbits import Orbits, Path, named_axes, output_axes
 
 Tree = Any
 
+# A mean over hundreds of features is still about a unit in the last place of bfloat16; noise as
+# large as the weights leaves whole layers behind a ReLU at 0, which tell nothing.
+BREAKING_NOISE = 0.1
+
 
 def symmetric_fill(
     params: Tree, feature_axes: Tree, orbits: Orbits | None = None, seed: int = 0
@@ -63,10 +67,9 @@ def symmetric_fill(
 def broken_fill(params: Tree, feature_axes: Tree, stream: str, seed: int = 1) -> Tree:
     """The weights with the features of one stream no longer equal, and all others' as they were.
 
-    What the stream indexes is multiplied by 1 + N(0, 1), averaged over the features of all other
-    streams, as a perturbation 'gaussian' that is relative and aimed at the stream would; but drawn
-    on the host, as in `symmetric_fill`. So large that a mean over many features is more than a unit
-    in the last place of bfloat16, too.
+    What the stream indexes is multiplied by 1 + 0.1 · N(0, 1), averaged over the features of all
+    other streams, as a perturbation 'gaussian' that is relative and aimed at the stream would; but
+    drawn on the host, as in `symmetric_fill`.
 
     Args:
         params: any floats, nested dictionaries.
@@ -88,7 +91,7 @@ def broken_fill(params: Tree, feature_axes: Tree, stream: str, seed: int = 1) ->
         noise = generator.standard_normal(values.shape)
         if name in averaged:
             noise = noise.mean(averaged[name], keepdims=True)
-            values = (values.astype(np.float64) * (1 + noise)).astype(values.dtype)
+            values = (values.astype(np.float64) * (1 + BREAKING_NOISE * noise)).astype(values.dtype)
         broken[path] = values
     return unflatten_dict(broken)
 

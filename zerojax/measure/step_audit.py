@@ -154,12 +154,20 @@ class Verdict:
         return list(dict.fromkeys(name.split('/')[1] for name in self.features))
 
     def silent(self) -> list[str]:
-        """Tensors of the forward pass and the gradients that were 0 throughout."""
+        """Tensors of the forward pass and the gradients that were 0 throughout; also those that
+        only were while a stream was broken."""
         floor = next(iter(self.noise.values()))
-        return [
+        always = [
             name
             for name, spread in floor.items()
             if spread.magnitude == 0 and not name.startswith('new state/')
+        ]
+        return always + [
+            f'{name} while {broken} is broken'
+            for broken, others in (self.streams or {}).items()
+            for tensors in others.values()
+            for name, spread in tensors.items()
+            if spread.magnitude == 0 and not name.startswith('new_')
         ]
 
     def record(self, *, full: bool) -> dict[str, Any]:
