@@ -15,6 +15,7 @@ from zerojax.measure.compiled import Operation
 from zerojax.measure.noise import Spread
 from zerojax.measure.step_audit import COMPILATIONS, ONE_EXECUTABLE, PROCESSES, Verdict
 from zerojax.run import inspection, train
+from zerojax.run.cli import parse_flags
 
 ROOT = pathlib.Path(__file__).parent.parent
 DIGITS = f'--config={ROOT}/configs/digits.py'
@@ -37,6 +38,7 @@ def test_the_command_measures_calls_compilations_and_processes(tmp_path, capsys)
     assert 'no noise observed in 3 calls, 2 compilations and 2 processes.' in output
     assert 'Kernels keep equal features bitwise equal in all 2 layers.' in output
     assert 'none in the program' in output
+    assert '\nstreams, each broken alone\n  no other stream has equal features\n' in output
     lines = output.splitlines()
     assert len(lines) <= 40, 'one screen'
     assert max(len(line) for line in lines if str(tmp_path) not in line) <= 100
@@ -52,6 +54,7 @@ def test_the_command_measures_calls_compilations_and_processes(tmp_path, capsys)
             assert floor[name]['distinct'] == 1
             assert floor[name]['magnitude'] > 0, f'{name} tells something'
     assert record['features'].keys() >= {'outputs/hidden', 'new_params/head/kernel'}
+    assert record['streams'] == {'hidden': {}}
     assert record['compiler_options'] == {'xla_cpu_experimental_ynn_fusion_type': ''}
     assert sorted(x.name for x in (tmp_path / 'run').iterdir()) == ['audit.json']
 
@@ -110,6 +113,33 @@ def test_what_processes_write_is_read_to_the_bit(tmp_path):
     np.savez(tmp_path / 'x.npz', **tensors)
     read = audit.read_tensors(tmp_path / 'x.npz', tensors)
     assert all(spread.distinct == 1 for spread in noise.noise_floor([tensors, read]).values())
+
+
+def test_streams_of_the_digits_config_are_kept_while_another_is_broken():
+    config, _ = parse_flags(['audit', DIGITS])
+    program = audit.prepare_step(config)
+    compiled = audit.compile_step(program)
+    axes = program.model.feature_axes()
+    streams = step_audit.break_streams(compiled, axes, program.orbits, new_state=True)
+    names = {'stem', 'block2_0', 'block3_0'}
+    assert {broken: set(others) for broken, others in streams.items()} == {
+        broken: names - {broken} for broken in names
+    }
+    for others in streams.values():
+        assert all(x.distinct == 1 for tensors in others.values() for x in tensors.values())
+        assert all(x.magnitude > 0 for tensors in others.values() for x in tensors.values())
+    for name in ('outputs/stem', 'new_params/block1_0/conv/kernel'):
+        assert name in streams['block2_0']['stem']
+    assert 'new_batch_stats/block3_0/bn/mean' in streams['stem']['block2_0']
+
+
+@pytest.mark.slow
+def test_streams_that_identities_tie_together_are_left_out(tmp_path, capsys):
+    leakynet = ['--config.model.name=leakynet', '--config.model.depth=7']
+    flags = [*leakynet, '--config.model.init=1_ii_i', '--repeats=2', '--compilations=2']
+    assert audit.main(['audit', DIGITS, *flags, '--processes=0', f'--workdir={tmp_path}']) == 0
+    assert '\nstreams   left out: identity layers tie one to' in capsys.readouterr().out
+    assert json.loads((tmp_path / 'audit.json').read_text())['streams'] is None
 
 
 @pytest.mark.slow
@@ -198,11 +228,29 @@ def test_layers_whose_features_differ_are_named():
     assert 'gradients/layer7/kernel' in told.record(full=False)['unequal_features']
 
 
+def test_streams_that_differ_come_first():
+    kept = {'stem': {'outputs/stem': QUIET}}
+    streams = {f'block{i}': kept for i in range(5)} | {'block5': {'stem': {'outputs/stem': NOISY}}}
+    told = verdict(streams=streams)
+    assert told.table()[-6:] == [
+        'streams, each broken alone',
+        '  block5           differ, in ULPs: stem by 7',
+        *[f'  block{i}           all others bitwise equal' for i in range(3)],
+        '  and 2 more, see audit.json',
+    ]
+    assert told.sentences()[-1].startswith(
+        'Kernels do not keep all other streams equal while one is broken, for 1 of 6 streams, '
+        'least of all stem while block5 is broken, in outputs/stem: 3 distinct features, 7 ULPs'
+    )
+
+
 def test_tensors_that_tell_nothing_are_said_to():
     noise = verdict().noise
     noise[ONE_EXECUTABLE] = noise[ONE_EXECUTABLE] | {'forward/x1': Spread(1, 0, 0.0, 0.0, 0.0)}
-    assert verdict(noise=noise).sentences()[-1] == (
-        'Tensors that are 0 throughout and tell nothing: forward/x1.'
+    zero = Spread(1, 0, 0.0, 0.0, 0.0)
+    streams = {'a': {'b': {'outputs/x': QUIET, 'outputs/y': zero, 'new_params/z': zero}}}
+    assert verdict(noise=noise, streams=streams).sentences()[-1] == (
+        'Tensors that are 0 throughout and tell nothing: forward/x1, outputs/y while a is broken.'
     )
 
 
@@ -214,8 +262,13 @@ def test_the_worst_verdict_is_one_screen(tiny_config):
         noise=dict.fromkeys((ONE_EXECUTABLE, COMPILATIONS, PROCESSES), floor),
         operations=[Operation(f'operation{i}', i, long * 3) for i in range(30)],
         features={f'outputs/layer{i}': NOISY for i in range(40)},
+        streams={
+            x: {f'{x}{i}': {f'outputs/{long}': NOISY} for i in range(9)} for x in ('block', long)
+        }
+        | {f'stem{i}': {'stem': {'outputs/stem': QUIET}} for i in range(9)},
     )
     lines = audit.screen(tiny_config, told)
-    assert len(lines) <= 46
+    assert len(lines) <= 58
+    assert any(line.startswith('  block   ') and line.endswith(' and 6 more') for line in lines)
     assert max(map(len, lines)) <= 100
     json.dumps(told.record(full=True), allow_nan=False)

@@ -1,11 +1,20 @@
 import importlib.util
 import itertools
+import json
 import pathlib
 
 import jax
 import pytest
 
-from zerojax.config import build_model, check, convolution_of, default_config
+from zerojax.config import (
+    as_json,
+    build_model,
+    build_perturbation,
+    check,
+    convolution_of,
+    default_config,
+    read,
+)
 from zerojax.host.errors import UsageError
 from zerojax.run.cli import count, name_of, parse, parse_flags, text_flags
 
@@ -46,6 +55,8 @@ def test_the_fixture_is_right(config):
         ('perturbation.kind', 'x', 'none, gaussian'), ('perturbation.scale', -1.0, 'at least 0'),
         ('perturbation.scale', float('nan'), 'finite'), ('perturbation.seed', -1, 'from 0 to'),
         ('perturbation.at_step', -1, 'from 0'), ('perturbation.every', -1, 'from 0'),
+        ('perturbation.streams', (1,), 'tuple of names'),
+        ('perturbation.streams', 'stem', 'of type tuple'),
         ('perturbation.layers', '(', 'regular expression'), ('perturbation.count', 0, 'from 1'),
         ('perturbation.strength', -1.0, 'at least 0'),
         ('perturbation.strength', float('inf'), 'finite'),
@@ -157,6 +168,21 @@ def test_arguments_that_are_no_flags_may_stand_between_them():
     assert values.output == 'x'
     with pytest.raises(UsageError, match=r"^command line: unexpected argument 'a'$"):
         parse(argv, text_flags(output=None))
+
+
+@pytest.mark.parametrize(
+    'text,expected',
+    [("('stem','block2_0')", ('stem', 'block2_0')), ("('stem',)", ('stem',)),
+     ('stem', ('stem',)), ('()', ())],
+)  # fmt: skip
+def test_names_of_streams_are_given_as_a_tuple(text, expected, config, tmp_path):
+    """On the command line, where one may stand alone; and as JSON has them."""
+    argv = ['main', f'--config={CONFIGS[0].parent}/digits.py']
+    given, _ = parse_flags([*argv, f'--config.perturbation.streams={text}'])
+    assert given.perturbation.streams == expected
+    (tmp_path / 'config.json').write_text(json.dumps(as_json(given)))
+    assert read(tmp_path / 'config.json').perturbation.streams == expected
+    assert build_perturbation(given).streams == expected
 
 
 def test_a_number_may_be_as_small_as_the_precision_of_the_run_has_it(config):

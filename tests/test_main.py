@@ -145,13 +145,51 @@ def test_the_command_trains_and_imports_neither_tensorflow_nor_tfds(tmp_path):
         ([DIGITS, '--config.num_steps=0'], r'num_steps=0: must be from 1'),
         ([DIGITS, '--config.model.depth=11'], r'model\.depth=11: must be 3n \+ 4'),
         ([DIGITS, '--config.perturbation.scale=-1'], r'perturbation\.scale=-1\.0'),
+        ([DIGITS, '--config.perturbation.streams=(1,)'], r'streams=\(1,\): must be a tuple of n'),
+        (
+            [DIGITS, '--config.perturbation.streams=stem,block3'],
+            r"perturbation\.streams=\('stem,block3',\): 'stem,block3' is no stream of this network"
+            '; must be of stem, block2_0, block3_0, or',
+        ),
+        (
+            [DIGITS, '--config.perturbation.streams=stem', '--config.perturbation.layers=head'],
+            r"streams=\('stem',\): index nothing that perturbation\.layers='head' chooses, but "
+            r'block1_0/bn/bias, .*; choose others in one of the two',
+        ),
+        (
+            [DIGITS, '--config.perturbation.streams=block3_0', '--config.perturbation.layers=stem',
+             '--config.perturbation.kind=gradient'],
+            r"streams=\('block3_0',\): index nothing that perturbation\.layers='stem' chooses",
+        ),
+        (
+            [DIGITS, '--config.perturbation.streams=stem', '--config.perturbation.layers=(stem|h)',
+             '--config.optimizer.freeze=stem'],
+            r"freeze='stem': freezes all that perturbation\.layers='\(stem\|h\)' and "
+            r"perturbation\.streams=\('stem',\) choose",
+        ),
+        (
+            [DIGITS, '--config.perturbation.streams=stem', '--config.perturbation.layers=block3',
+             '--config.perturbation.kind=activation'],
+            r"streams=\('stem',\): no layer that perturbation\.layers='block3' chooses puts out "
+            'features of these, but of block3_0; choose others',
+        ),
+        (
+            [DIGITS, '--config.perturbation.streams=stem', '--config.perturbation.kind=ulp',
+             '--config.perturbation.scale=0.0'],
+            r"perturbation\.streams=\('stem',\): ulp has no use for it",
+        ),
+        (
+            [DIGITS, '--config.perturbation.streams=block3_0',
+             '--config.perturbation.kind=one_weight', '--config.perturbation.layers=block3_./conv'],
+            r"perturbation\.streams=\('block3_0',\): chooses 0 weights that are not 0",
+        ),
         ([DIGITS, '--config.dataset.name=imagenet'], r"dataset\.name='imagenet': .*digits"),
         ([DIGITS, '--wrkdir=x'], r"Unknown command line flag 'wrkdir'"),
         ([DIGITS, '--workdir'], r'Missing value for flag --workdir'),
         ([DIGITS, 'extra'], r"unexpected argument 'extra'"),
         ([DIGITS, '--workdir=/proc/none/x'], r'--workdir=/proc/none/x: cannot be written'),
     ],
-)
+)  # fmt: skip
 def test_a_mistake_exits_2_with_one_line(arguments, message, tmp_path, capsys):
     if not any('workdir' in argument for argument in arguments):
         arguments = [*arguments, f'--workdir={tmp_path}/run']

@@ -11,7 +11,7 @@ import optax
 import pytest
 import quick
 
-from zerojax import perturb
+from zerojax import perturb, symmetry
 from zerojax.perturb import Perturbation, chosen, gaussian, perturb_weights
 
 KEY = jax.random.key(3)
@@ -186,6 +186,135 @@ def test_chosen_lists_paths():
     assert chosen(weights(), 'stem|.*bias') == ['block1_0/bn/bias', 'stem/kernel']
 
 
+# Two streams of the same weights, and what neither indexes.
+AIMED_AXES = {
+    'first': {'kernel': (None, None, 'x')},
+    'between': {'kernel': (None, 'x', 'y'), 'bias': ('y',)},
+    'second': {'kernel': ('y', 'z')},
+    'none': {'kernel': ('z', None), 'bias': (None,)},
+}
+AIMED_SHAPES = {
+    'first': {'kernel': (3, 3, 6)},
+    'between': {'kernel': (5, 6, 7), 'bias': (7,)},
+    'second': {'kernel': (7, 4)},
+    'none': {'kernel': (4, 2), 'bias': (2,)},
+}
+AIMED_KINDS = {
+    'gaussian': Perturbation('gaussian', 0.5),
+    'relative': Perturbation('gaussian', 0.5, relative=True),
+    'gradient': Perturbation('gradient', 0.5),
+    'unequal_init': Perturbation('unequal_init', 0.5, count=2),
+    'one_weight': Perturbation('one_weight', 0.5),
+}
+
+
+def aimed_weights(value):
+    return jax.tree.map(lambda shape: jnp.full(shape, value), AIMED_SHAPES, is_leaf=is_tuple)
+
+
+def is_tuple(x):
+    return isinstance(x, tuple)
+
+
+def perturbed_by(p, params, streams, key=KEY):
+    """The weights or gradients that the perturbation makes, aimed at these streams."""
+    p = dataclasses.replace(p, streams=streams)
+    function = perturb.perturb_gradients if p.kind == 'gradient' else perturb_weights
+    return quick.jit(lambda x: function(p, x, key, jnp.int32(0), AIMED_AXES))(params)
+
+
+@pytest.mark.parametrize('name', AIMED_KINDS)
+@pytest.mark.parametrize('streams', [('x',), ('y',), ('z', 'x'), ('x', 'y', 'z')])
+def test_aimed_noise_is_the_mean_over_all_other_streams(name, streams):
+    """Of the noise that is drawn for all, in every array that the streams index, and in no other.
+
+    Within an array it is one number for all features of another stream.
+    """
+    p, params = AIMED_KINDS[name], aimed_weights(1.0)
+    whole, aimed = perturbed_by(p, params, ()), perturbed_by(p, params, streams)
+    if name == 'one_weight':  # of the arrays that are left
+        layers = '|'.join(perturb.chosen_but(params, '.*', '', streams, AIMED_AXES))
+        whole = perturbed_by(dataclasses.replace(p, layers=rf'({layers})\Z'), params, ())
+    for path, x, names in symmetry.named_axes(params, AIMED_AXES):
+        full, mean = (np.asarray(tree[path[0]][path[1]], np.float64) - x for tree in (whole, aimed))
+        if not set(streams) & set(names.values()):
+            assert not mean.any()
+            continue
+        others = tuple(axis for axis, stream in names.items() if stream not in streams)
+        np.testing.assert_allclose(
+            mean, np.broadcast_to(full.mean(others, keepdims=True), x.shape), rtol=0, atol=5e-7
+        )
+        for axis in others:
+            assert (mean == np.take(mean, [0], axis)).all()
+        if not others:
+            np.testing.assert_array_equal(mean, full)
+
+
+@pytest.mark.parametrize('name', AIMED_KINDS)
+def test_aimed_at_all_streams_it_is_what_it_was_wherever_there_are_features(name):
+    p, params = AIMED_KINDS[name], aimed_weights(1.0)
+    whole = perturbed_by(dataclasses.replace(p, layers='(?!none/bias)'), params, ())
+    aimed = perturbed_by(p, params, ('z', 'y', 'x'))
+    assert changed(whole, aimed) == {}
+    assert changed(params, whole)
+
+
+def test_one_weight_shares_its_scale_among_all_that_must_stay_equal():
+    """By 1 + scale / n each; those that are 0 stay so and none of them is met."""
+    params = aimed_weights(2.0)
+    params['between']['kernel'] = params['between']['kernel'].at[:, 1:].set(0)
+    p = Perturbation('one_weight', 0.5, layers='between/kernel', streams=('x',))
+    for key in jax.random.split(KEY, 5):
+        kernel = np.asarray(perturbed_by(p, params, ('x',), key)['between']['kernel'])
+        assert (kernel[:, 1:] == 0).all()
+        assert sorted(np.unique(kernel[:, 0]).tolist()) == [2.0, np.float32(2 * (1 + 0.5 / 7))]
+        assert (kernel[:, 0] != 2).sum() == 7
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_features_of_several_orbits_stay_equal_within_each(dtype):
+    params = jax.tree.map(lambda x: x.astype(dtype), aimed_weights(1.0))
+    orbit = jnp.array([1, 1, 3, 3, 1, 0, 3], dtype)
+    params['between']['kernel'] *= orbit[None, None, :]
+    for name in ('gaussian', 'relative', 'gradient'):
+        kernel = np.asarray(perturbed_by(AIMED_KINDS[name], params, ('x',))['between']['kernel'])
+        for alike in ([0, 1, 4], [2, 3, 6]):
+            assert (kernel[..., alike] == kernel[..., alike[:1]]).all()
+        assert (kernel[:, 0] != kernel[:, 1]).any()
+
+
+def test_streams_are_refused_where_they_cannot_be_told():
+    params, streams = aimed_weights(1.0), ('x', 'w')
+    message = r"streams=\('x', 'w'\): 'w' is no stream of this network; must be of x, y, z, or"
+    for p in AIMED_KINDS.values():
+        with pytest.raises(ValueError, match=message):
+            perturbed_by(p, params, streams)
+    p = Perturbation('gaussian', 0.1, streams=('x',), at_step=1)
+    message = r"streams=\('x',\): needs feature_axes"
+    with pytest.raises(ValueError, match=message):
+        perturb_weights(p, params, KEY, jnp.int32(0))
+    with pytest.raises(ValueError, match=message):
+        perturb.as_transformation(p)
+    p = dataclasses.replace(p, kind='gradient')
+    with pytest.raises(ValueError, match=message):
+        perturb.perturb_gradients(p, params, KEY, jnp.int32(0))
+    perturb.as_transformation(Perturbation(streams=('x',)))
+
+
+@pytest.mark.parametrize('kind', ['gaussian', 'gradient'])
+def test_in_an_optax_chain_streams_are_chosen_too(kind):
+    p = Perturbation(kind, 0.1, at_step=1, streams=('y',))
+    tx = perturb.as_transformation(p, seed=4, feature_axes=AIMED_AXES)
+    params = aimed_weights(1.0)
+    updates, state = tx.update(params, tx.init(params), params)
+    if kind == 'gradient':
+        updates, state = tx.update(params, state, params)
+    moved = changed(params, updates)
+    assert moved.keys() == {'between/kernel', 'between/bias', 'second/kernel'}
+    broken = symmetry.asymmetry_by_stream(updates, AIMED_AXES)
+    assert {name for name, value in broken.items() if value > 0} == {'y'}
+
+
 class Stack(nn.Module):
     """A model that zerojax does not ship: two convolutions and a head."""
 
@@ -252,6 +381,18 @@ def test_only_the_chosen_layer_is_perturbed_and_what_follows_from_it(kind, scale
     assert changed(both, again) == {}
     other = stack_outputs(Perturbation(kind, scale), key=jax.random.key(5))
     assert changed(both, other)
+
+
+@pytest.mark.parametrize('kind,scale', [('activation', 1e-3), ('dropout', 0.3), ('disout', 0.3)])
+def test_outputs_of_the_chosen_streams_get_what_they_get_in_any_case(kind, scale):
+    plain = stack_outputs()
+    aimed = stack_outputs(Perturbation(kind, scale, streams=('b',)))
+    assert changed(plain, aimed).keys() == {'second', 'head'}
+    assert changed(aimed, stack_outputs(Perturbation(kind, scale, layers='second'))) == {}
+    both = stack_outputs(Perturbation(kind, scale))
+    assert changed(both, stack_outputs(Perturbation(kind, scale, streams=('b', 'a')))) == {}
+    with pytest.raises(ValueError, match='is no stream of this network; must be of a, b, or'):
+        stack_outputs(Perturbation(kind, scale, streams=('first',)))
 
 
 def test_a_kind_that_does_not_act_on_outputs_is_refused_for_them():
@@ -464,7 +605,9 @@ def test_what_a_chain_cannot_do_is_refused(p, message):
         ('every', {'kind': 'unequal_init', 'every': 1}), ('layers', {'layers': '('}),
         ('relative', {'kind': 'ulp', 'relative': True}), ('count', {'count': 0}),
         ('count', {'kind': 'gaussian', 'count': 2}),
-        ('backward', {'kind': 'gradient', 'backward': True}),
+        ('backward', {'kind': 'gradient', 'backward': True}), ('streams', {'streams': 'stem'}),
+        ('streams', {'streams': ['stem']}), ('streams', {'streams': (1,)}),
+        ('streams', {'kind': 'ulp', 'streams': ('stem',)}),
         ('strength', {'kind': 'disout', 'strength': -0.1}),
         ('strength', {'kind': 'gaussian', 'strength': 0.05}),
     ],

@@ -245,6 +245,16 @@ def test_batches_are_as_large_as_asked_for_and_have_a_step_in_common(tmp_path):
     assert list(sweep.batches(workdirs, 9)) == [[0, 1, 5], [2], [3], [4]]
 
 
+def test_a_grid_varies_the_streams_that_are_perturbed(tmp_path):
+    values = sweep.grid_values('perturbation.streams', ',stem,stem+block2_0')
+    assert values == [(), ('stem',), ('stem', 'block2_0')]
+    config = train.config_lib.default_config()
+    jobs = list(sweep.grid_jobs(config, {'perturbation.streams': values}, None, tmp_path))
+    assert [changed.perturbation.streams for _, (changed, _) in jobs] == values
+    folders = [folder.name.removeprefix('perturbation.streams=') for _, (_, folder) in jobs]
+    assert folders == ['', 'stem', 'stem-block2_0']
+
+
 def test_the_command_trains_a_grid_and_adds_to_it(tmp_path, capsys):
     short = [
         '--config=configs/digits.py', '--config.num_steps=4', '--config.model.name=mlp',
@@ -277,6 +287,7 @@ def test_the_command_trains_a_grid_and_adds_to_it(tmp_path, capsys):
         (['--grid.seed=0,x'], '--grid.seed=x: must be of type int'),
         (['--grid.symmetry.project=yes'], '--grid.symmetry.project=yes: must be of type bool'),
         (['--grid.optimizer.drop_at=1'], '--grid.optimizer.drop_at: is a tuple, which a grid'),
+        (['--grid.perturbation.streams=a'], "perturbation.streams=a: perturbation.streams=('a',)"),
         (['--grid.seed'], 'command line: Missing value for flag --grid.seed'),
         (['--seeds', 'x'], '--seeds=x: must be a whole number of at least 1'),
         (['--grid.seed=1,1'], '--grid.seed=1,1: names a value twice'),

@@ -6,7 +6,8 @@ python -m zerojax.audit --config=configs/NAME.py[:VARIANT] [--config.FIELD=VALUE
 The step runs --repeats times in one executable, once in each of --compilations executables that are
 compiled afresh, and once in each of --processes fresh processes beside this one (0: none). Layer
 outputs, loss, gradients and the new state are compared bit by bit; and within each layer its
-features, which are equal in exact arithmetic. The step is the config's own: first batch,
+features, which are equal in exact arithmetic; and, while one stream is broken at a time, those of
+all other streams, which stay equal in exact arithmetic. The step is the config's own: first batch,
 augmentation, model, optimizer, determinism mode, steps_per_call; without perturbation. Its weights
 are random numbers, equal along the feature axes: at constant ones most results are 0 and tell
 nothing. Outputs and gradients do not leave the training program, so they are those of a second one,
@@ -33,7 +34,7 @@ from zerojax.host import manifest, records
 from zerojax.host.command import run_command
 from zerojax.host.errors import RunError, UsageError
 from zerojax.host.stop import raise_on_signals
-from zerojax.measure import equal_features, noise, step_audit
+from zerojax.measure import noise, step_audit
 from zerojax.measure.compiled import no_compilation_cache
 from zerojax.run import checks, cli, data
 from zerojax.run.building import scalars_of
@@ -147,13 +148,13 @@ def audit(
         floors[step_audit.PROCESSES] = noise.noise_floor(elsewhere())
 
     axes, orbits = program.model.feature_axes(), program.orbits
-    features = equal_features.equal_features_of(first, axes['params'], orbits)
-    if new_state_shows_kernels(program.config):
-        for kind in ('params', 'batch_stats'):
-            found = equal_features.equal_features(first['new state'][kind], axes[kind], orbits)
-            features |= {f'new_{kind}/{name}': spread for name, spread in found.items()}
+    new_state = new_state_shows_kernels(program.config)
+    features = step_audit.equal_features_of_step(first, axes, orbits, new_state=new_state)
+    streams = None
+    if orbits is None or not orbits.entries:
+        streams = step_audit.break_streams(compiled, axes, orbits, new_state=new_state)
     operations = compiled.operations(jax.default_backend())
-    return step_audit.Verdict(compared, floors, operations, features)
+    return step_audit.Verdict(compared, floors, operations, features, streams)
 
 
 def new_state_shows_kernels(config: ConfigDict) -> bool:
@@ -181,6 +182,11 @@ def screen(config: ConfigDict, verdict: step_audit.Verdict) -> list[str]:
     if not new_state_shows_kernels(config):
         cause = 'dropout' if config.model.dropout > 0 else 'projection'
         lines.append(f'  (new weights left out: {cause} decides whether their features are equal)')
+    if verdict.streams is None:
+        lines += [
+            '',
+            'streams   left out: identity layers tie one to the next, they break together',
+        ]
     sentences = [line for each in verdict.sentences() for line in textwrap.wrap(each, 100)]
     return [line[:100] for line in lines] + ['', *sentences]
 

@@ -83,6 +83,7 @@ def default_config() -> ConfigDict:
     # Again every so many steps; 0: only once; null: as the kind has it, see zerojax/perturb.py.
     config.perturbation.every = config_dict.placeholder(int)
     config.perturbation.layers = '.*'  # regular expression on paths such as block1_0/conv/kernel
+    config.perturbation.streams = ()  # names such as 'stem', whose symmetry alone breaks; (): all
     config.perturbation.relative = False  # of gaussian, activation: to what is perturbed
     config.perturbation.count = 1  # of ulp: how many weights; of unequal_init: unique features
     config.perturbation.backward = False  # of activation: perturb gradients instead
@@ -274,6 +275,9 @@ _OPTIONAL = {
 }
 
 
+TUPLES_OF_NAMES = ('perturbation.streams',)  # all other tuples hold numbers
+
+
 def type_of(field: str) -> type:
     """Type of a dotted field's values; fields that may be None as well are not told apart."""
     default = flatten_dict(default_config().to_dict(), sep='.')[field]
@@ -286,8 +290,10 @@ def _check_type(field: str, value: Any, default: Any) -> None:
     kind = _OPTIONAL.get(field, type(default))
     if type(value) is not kind:
         raise UsageError(f'{field}={value!r}: must be of type {kind.__name__}')
-    if isinstance(value, tuple) and not all(type(each) in (int, float) for each in value):
-        raise UsageError(f'{field}={value!r}: must be a tuple of numbers')
+    if isinstance(value, tuple):
+        types, what = ((str,), 'names') if field in TUPLES_OF_NAMES else ((int, float), 'numbers')
+        if not all(type(each) in types for each in value):
+            raise UsageError(f'{field}={value!r}: must be a tuple of {what}')
 
 
 def _check_size(field: str, value: Any, param_dtype: Any) -> None:

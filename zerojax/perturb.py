@@ -21,6 +21,13 @@ Kinds that act within a step:
     disout        feature-map distortion (Tang et al., "Beyond Dropout", 2020) of a share `scale` of
                   the outputs by noise of size `strength`, see `disout`
 
+Aimed at some streams (names of feature axes, see `zerojax.symmetry`), noise is drawn as always,
+then averaged over the features of all other streams and not rescaled (a mean over n features is
+1 / sqrt(n) the size of the noise); arrays that none of the streams indexes stay as they are. So it
+is invariant under the permutations of all other streams, and leaves what is equal in these equal to
+the bit: every feature gets the same, whether they are one orbit or several. Only where single
+weights tie two streams together (identity layers, `symmetry.Orbits.entries`) one follows the other.
+
 Noise is drawn in float32 whatever the dtype of what it perturbs and whether JAX has 64-bit numbers,
 so runs of different precision are perturbed alike; it is added in float32 or better, and the result
 rounded once.
@@ -30,7 +37,7 @@ import contextlib
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -69,6 +76,10 @@ class Perturbation:
             the start, as `re.match` does, are perturbed. Layers whose outputs are perturbed are the
             modules that hold a chosen kernel with features along its last axis. The default
             chooses all.
+        streams: names of feature axes that it is aimed at, as the top of this file says; () is
+            all. Of layers whose outputs are perturbed those whose output features are of one of
+            them. 'ulp' has no use for it, as nothing smaller than a unit in the last place can be
+            averaged.
         relative: of 'gaussian' and 'activation': whether the noise is relative to what it perturbs.
         count: of 'ulp' the number of weights; of 'unequal_init' the number of unique features.
         backward: of 'activation': whether gradients are perturbed instead.
@@ -85,6 +96,7 @@ class Perturbation:
     at_step: int = 0
     every: int | None = None
     layers: str = '.*'
+    streams: tuple[str, ...] = ()
     relative: bool = False
     count: int = 1
     backward: bool = False
@@ -107,6 +119,15 @@ class Perturbation:
         if self.kind == 'unequal_init' and (self.at_step > 0 or self.every):
             name, value = ('at_step', self.at_step) if self.at_step > 0 else ('every', self.every)
             raise ValueError(f'{name}={value}: unequal_init is for the initial weights; must be 0')
+        if type(self.streams) is not tuple or not all(type(x) is str for x in self.streams):
+            raise ValueError(
+                f"streams={self.streams!r}: must be a tuple of names, such as ('stem',); () is all"
+            )
+        if self.streams and self.kind == 'ulp':
+            raise ValueError(
+                f'streams={self.streams!r}: ulp has no use for it, as nothing smaller can be '
+                'averaged over other streams; leave it at ()'
+            )
         if self.relative and self.kind not in ('none', 'gaussian', 'activation'):
             raise ValueError(f'relative={self.relative}: {self.kind} has no use for it')
         if self.count < 1:
@@ -159,27 +180,81 @@ def is_chosen(params: Tree, layers: str) -> Tree:
     return jax.tree.unflatten(jax.tree.structure(params), matches)
 
 
-def chosen_but(params: Tree, layers: str, frozen: str) -> list[str]:
-    """As `chosen`, without those that the regular expression `frozen` chooses; '' chooses none."""
-    paths = chosen(params, layers)
+def chosen_but(
+    params: Tree,
+    layers: str,
+    frozen: str,
+    streams: tuple[str, ...] = (),
+    feature_axes: Tree = None,
+) -> list[str]:
+    """As `chosen`, without those that the regular expression `frozen` chooses ('': none) and those
+    that none of the `streams` indexes ((): all are kept).
+
+    Raises:
+        ValueError: as `averaged_axes`.
+    """
+    paths = sorted(averaged_axes(params, layers, streams, feature_axes))
     return [path for path in paths if not re.match(frozen, path)] if frozen else paths
+
+
+def check_streams(streams: tuple[str, ...], feature_axes: Tree) -> None:
+    """Checks that all are names of axes in the declaration of the parameters, `feature_axes`.
+
+    Raises:
+        ValueError: one is not, or there is no declaration to tell.
+    """
+    if not streams:
+        return
+    if feature_axes is None:
+        raise ValueError(f'streams={streams!r}: needs feature_axes, which says what they index')
+    names = symmetry.stream_names(feature_axes)
+    if unknown := [name for name in streams if name not in names]:
+        raise ValueError(
+            f'streams={streams!r}: {unknown[0]!r} is no stream of this network; must be of '
+            f'{", ".join(names)}, or () for all'
+        )
+
+
+def averaged_axes(
+    params: Tree, layers: str, streams: tuple[str, ...] = (), feature_axes: Tree = None
+) -> dict[str, tuple[int, ...]]:
+    """What is perturbed: {path: axes that its noise is averaged over}.
+
+    These are the parameters that `layers` chooses, as in `chosen`, and one of the `streams`
+    indexes; the axes are those of all other streams. () is all streams, and averages nothing.
+    `feature_axes` is the declaration of `params`, nested dictionaries; only `streams` need it.
+
+    Raises:
+        ValueError: as `check_streams`, or `params` and `feature_axes` do not fit each other.
+    """
+    paths = chosen(params, layers)
+    if not streams:
+        return dict.fromkeys(paths, ())
+    check_streams(streams, feature_axes)
+    return {
+        '/'.join(path): tuple(axis for axis, name in names.items() if name not in streams)
+        for path, _, names in symmetry.named_axes(params, feature_axes)
+        if '/'.join(path) in paths and not set(streams).isdisjoint(names.values())
+    }
 
 
 # Plain functions on weights.
 
 
-def _change(params: Tree, layers: str, drawn: jax.Array, law: Callable[..., jax.Array]) -> Tree:
-    """`law(path, x, its share of what was drawn for all weights)` in place of each chosen array.
+def _change(
+    params: Tree, paths: Collection[str], drawn: jax.Array, law: Callable[..., jax.Array]
+) -> Tree:
+    """`law(path, x, its share of what was drawn for all weights)` in place of those at `paths`.
 
     One draw serves all parameters, because XLA compiles one generator much faster than dozens; and
     what a weight gets does not depend on which parameters are chosen.
     """
     leaves, definition = jax.tree.flatten(params)
-    paths = paths_of(params)
+    all_paths = paths_of(params)
     start = 0
-    for i in sorted(range(len(leaves)), key=paths.__getitem__):
-        path, x = paths[i], leaves[i]
-        if re.match(layers, path):
+    for i in sorted(range(len(leaves)), key=all_paths.__getitem__):
+        path, x = all_paths[i], leaves[i]
+        if path in paths:
             leaves[i] = law(path, x, drawn[start : start + x.size].reshape(x.shape))
         start += x.size
     return jax.tree.unflatten(definition, leaves)
@@ -189,6 +264,11 @@ def _normal(params: Tree, key: jax.Array) -> jax.Array:
     """N(0, 1) for each weight, as `_change` hands it out."""
     size = sum(x.size for x in jax.tree.leaves(params))
     return jax.random.normal(key, (size,), jnp.float32)
+
+
+def _mean(noise: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """The mean over the axes, which keep length 1: one number for all that must stay equal."""
+    return jnp.mean(noise, axes, keepdims=True) if axes else noise
 
 
 def _at_least_float32(x: jax.Array) -> Any:
@@ -211,17 +291,24 @@ def gaussian(
     layers: str = '.*',
     *,
     relative: bool = False,
+    streams: tuple[str, ...] = (),
+    feature_axes: Tree = None,
 ) -> Tree:
     """Adds scale · N(0, 1) to every weight of the chosen parameters, in units of the weights.
 
     If `relative`, multiplies every weight by 1 + scale · N(0, 1) instead; then it is also what kind
-    'gradient' does to a tree of gradients. Any floats; dtypes are kept.
+    'gradient' does to a tree of gradients. Aimed at `streams`, N(0, 1) is averaged, see
+    `averaged_axes`. Any floats; dtypes are kept.
+
+    Raises:
+        ValueError: as `averaged_axes`.
     """
+    axes = averaged_axes(params, layers, streams, feature_axes)
 
-    def law(_: str, x: jax.Array, noise: jax.Array) -> jax.Array:
-        return _add_noise(x, noise, scale, relative)
+    def law(path: str, x: jax.Array, noise: jax.Array) -> jax.Array:
+        return _add_noise(x, _mean(noise, axes[path]), scale, relative)
 
-    return _change(params, layers, _normal(params, key), law)
+    return _change(params, axes, _normal(params, key), law)
 
 
 def unequal_init(
@@ -231,32 +318,40 @@ def unequal_init(
     scale: Scale,
     count: int,
     layers: str = '.*',
+    *,
+    streams: tuple[str, ...] = (),
 ) -> Tree:
     """Adds scale · N(0, 1), the same to all features d + n · count along every named axis.
 
     `feature_axes` is the declaration of `params`, nested dictionaries, see `zerojax.symmetry`.
-    Equal features become `count` unique ones, or as many as there are if that is less.
+    Equal features become `count` unique ones, or as many as there are if that is less. Aimed at
+    `streams`, what would be added is averaged, see `averaged_axes`, and those of other streams
+    stay equal.
+
+    Raises:
+        ValueError: as `averaged_axes`.
     """
+    axes = averaged_axes(params, layers, streams, feature_axes)
     declared = flatten_dict(feature_axes, sep='/')
 
     def law(path: str, x: jax.Array, noise: jax.Array) -> jax.Array:
         for axis, name in enumerate(declared[path]):
             if name is not None:
                 noise = jnp.take(noise, np.arange(x.shape[axis]) % count, axis=axis)
-        return _add_noise(x, noise, scale, relative=False)
+        return _add_noise(x, _mean(noise, axes[path]), scale, relative=False)
 
-    return _change(params, layers, _normal(params, key), law)
+    return _change(params, axes, _normal(params, key), law)
 
 
-def _random_hits(params: Tree, key: jax.Array, count: int, layers: str) -> jax.Array:
-    """Chooses `count` different random weights that are not 0: bools, as `_change` hands them out.
+def _random_hits(params: Tree, key: jax.Array, count: int, paths: Collection[str]) -> jax.Array:
+    """Chooses `count` different random weights at `paths` that are not 0: bools, for `_change`.
 
     All of them where there are fewer; each is as likely as any other.
     """
     weights = zip(paths_of(params), jax.tree.leaves(params), strict=True)
     eligible = jnp.concatenate(
         [
-            (x != 0).ravel() & bool(re.match(layers, path))
+            (x != 0).ravel() & (path in paths)
             for path, x in sorted(weights, key=lambda each: each[0])
         ]
     )
@@ -268,16 +363,32 @@ def _random_hits(params: Tree, key: jax.Array, count: int, layers: str) -> jax.A
     return jnp.zeros(eligible.shape, bool).at[index].set(True) & eligible
 
 
-def one_weight(params: Tree, key: jax.Array, scale: Scale, layers: str = '.*') -> Tree:
+def one_weight(
+    params: Tree,
+    key: jax.Array,
+    scale: Scale,
+    layers: str = '.*',
+    *,
+    streams: tuple[str, ...] = (),
+    feature_axes: Tree = None,
+) -> Tree:
     """Multiplies a single random weight by 1 + scale, among those chosen that are not 0.
 
-    Without any such weight the parameters come back as they are.
+    Aimed at `streams`, it is one of an array that they index, and what it gets is averaged, see
+    `averaged_axes`: with n weights that differ from it only in features of other streams, each of
+    these n is multiplied by 1 + scale / n. Without any such weight the parameters come back as
+    they are.
+
+    Raises:
+        ValueError: as `averaged_axes`.
     """
+    axes = averaged_axes(params, layers, streams, feature_axes)
 
-    def law(_: str, x: jax.Array, hit: jax.Array) -> jax.Array:
-        return jnp.where(hit, _add_noise(x, jnp.ones_like(hit, jnp.float32), scale, True), x)
+    def law(path: str, x: jax.Array, hit: jax.Array) -> jax.Array:
+        share = _mean(hit.astype(jnp.float32), axes[path])
+        return jnp.where(share > 0, _add_noise(x, share, scale, True), x)
 
-    return _change(params, layers, _random_hits(params, key, 1, layers), law)
+    return _change(params, axes, _random_hits(params, key, 1, axes), law)
 
 
 def ulp(params: Tree, key: jax.Array, count: int = 1, layers: str = '.*') -> Tree:
@@ -286,11 +397,12 @@ def ulp(params: Tree, key: jax.Array, count: int = 1, layers: str = '.*') -> Tre
     Chosen are weights that are not 0, as the number next to 0 is subnormal, and XLA computes with 0
     in its place; all of them if there are fewer.
     """
+    paths = chosen(params, layers)
 
     def law(_: str, x: jax.Array, hit: jax.Array) -> jax.Array:
         return jnp.where(hit, jnp.nextafter(x, jnp.asarray(jnp.inf, x.dtype)), x)
 
-    return _change(params, layers, _random_hits(params, key, count, layers), law)
+    return _change(params, paths, _random_hits(params, key, count, paths), law)
 
 
 def perturb_weights(
@@ -305,8 +417,12 @@ def perturb_weights(
     """The weights that update number `step` (int32 [], from 0) computes its gradient with.
 
     Where no perturbation of the weights is due, they come back bit for bit. The noise is drawn from
-    `fold_in(key, step)`. Only 'unequal_init' needs `feature_axes`. Parameters that the regular
-    expression `frozen` chooses stay as they are ('': none), also where `layers` chooses them.
+    `fold_in(key, step)`. `feature_axes`, the declaration of `params`, is needed by 'unequal_init'
+    and where the perturbation is aimed at streams. Parameters that the regular expression `frozen`
+    chooses stay as they are ('': none), also where `layers` chooses them.
+
+    Raises:
+        ValueError: as `averaged_axes`.
     """
     if perturbation.kind not in WEIGHT_KINDS:
         return params
@@ -315,15 +431,16 @@ def perturb_weights(
     if frozen:
         paths = '|'.join(re.escape(path) for path in chosen_but(params, layers, frozen))
         layers = rf'({paths})\Z' if paths else '(?!)'
+    aim: dict[str, Any] = {'streams': p.streams, 'feature_axes': feature_axes}
 
     def change(params: Tree) -> Tree:
         if p.kind == 'gaussian':
-            return gaussian(params, key, p.scale, layers, relative=p.relative)
+            return gaussian(params, key, p.scale, layers, relative=p.relative, **aim)
         if p.kind == 'one_weight':
-            return one_weight(params, key, p.scale, layers)
+            return one_weight(params, key, p.scale, layers, **aim)
         if p.kind == 'ulp':
             return ulp(params, key, p.count, layers)
-        return unequal_init(params, feature_axes, key, p.scale, p.count, layers)
+        return unequal_init(params, feature_axes, key, p.scale, p.count, layers, streams=p.streams)
 
     return jax.lax.cond(p.due(step), change, lambda params: params, params)
 
@@ -332,15 +449,26 @@ def perturb_weights(
 
 
 def perturb_gradients(
-    perturbation: Perturbation, grads: Tree, key: jax.Array, step: jax.Array
+    perturbation: Perturbation,
+    grads: Tree,
+    key: jax.Array,
+    step: jax.Array,
+    feature_axes: Tree = None,
 ) -> Tree:
-    """The gradients of update number `step`, with noise where kind 'gradient' is due."""
+    """The gradients of update number `step`, with noise where kind 'gradient' is due.
+
+    `feature_axes`, the declaration of the parameters, is needed where it is aimed at streams.
+
+    Raises:
+        ValueError: as `averaged_axes`.
+    """
     if perturbation.kind != 'gradient':
         return grads
     p, key = perturbation, jax.random.fold_in(key, step)
+    aim: dict[str, Any] = {'streams': p.streams, 'feature_axes': feature_axes}
     return jax.lax.cond(
         p.due(step),
-        lambda x: gaussian(x, key, p.scale, p.layers, relative=True),
+        lambda x: gaussian(x, key, p.scale, p.layers, relative=True, **aim),
         lambda x: x,
         grads,
     )
@@ -356,6 +484,22 @@ def output_layers(feature_axes: Tree) -> dict[str, str]:
     return {path.rpartition('/')[0]: path for path, name in outputs if name is not None}
 
 
+def chosen_outputs(perturbation: Perturbation, feature_axes: Tree) -> list[str]:
+    """The modules of `output_layers` that `layers` and `streams` choose, in that order.
+
+    Raises:
+        ValueError: as `check_streams`.
+    """
+    p = perturbation
+    check_streams(p.streams, feature_axes)
+    names = symmetry.output_axes(feature_axes)
+    return [
+        module
+        for module, path in output_layers(feature_axes).items()
+        if re.match(p.layers, path) and (not p.streams or names[path] in p.streams)
+    ]
+
+
 @contextlib.contextmanager
 def perturbed_outputs(
     perturbation: Perturbation, feature_axes: Tree, key: jax.Array
@@ -366,15 +510,16 @@ def perturbed_outputs(
     whichever are chosen.
 
     Raises:
-        ValueError: a kind that does not act on outputs.
+        ValueError: a kind that does not act on outputs, or as `check_streams`.
     """
     p = perturbation
     if p.kind not in OUTPUT_KINDS:
         raise ValueError(f'kind={p.kind!r}: must be one of {", ".join(OUTPUT_KINDS)}')
+    perturbed = chosen_outputs(p, feature_axes)
     keys = {
         module: jax.random.fold_in(key, i)
-        for i, (module, path) in enumerate(output_layers(feature_axes).items())
-        if re.match(p.layers, path)
+        for i, module in enumerate(output_layers(feature_axes))
+        if module in perturbed
     }
 
     def intercept(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -479,11 +624,12 @@ class PerturbationState(NamedTuple):
 
 
 def as_transformation(
-    perturbation: Perturbation, seed: int = 0
+    perturbation: Perturbation, seed: int = 0, feature_axes: Tree = None
 ) -> optax.GradientTransformationExtraArgs:
     """The perturbation as an optax transformation, for any optimizer and any pytree of parameters.
 
-    Paths that `layers` is matched with are those of `paths_of`.
+    Paths that `layers` is matched with are those of `paths_of`. Aimed at streams it needs
+    `feature_axes`, the declaration of the parameters, which then are nested dictionaries.
 
     Kind 'gradient' is put first in the chain, and perturbs the gradients that come in. Kinds that
     change weights are put last: the update that makes weights after which the perturbation is due
@@ -492,9 +638,11 @@ def as_transformation(
     fold_in(key(seed), step).
 
     Raises:
-        ValueError: a kind that acts on outputs, or weights at step 0.
+        ValueError: a kind that acts on outputs, or weights at step 0, or as `check_streams`.
     """
     p = perturbation
+    if p.kind != 'none':
+        check_streams(p.streams, feature_axes)
     if p.kind in OUTPUT_KINDS:
         raise ValueError(f'kind={p.kind!r}: acts on outputs of layers; use perturbed_outputs')
     if p.kind in WEIGHT_KINDS and p.at_step == 0:
@@ -512,12 +660,12 @@ def as_transformation(
     ) -> tuple[Tree, PerturbationState]:
         del extra
         if p.kind == 'gradient':
-            updates = perturb_gradients(p, updates, state.key, state.step)
+            updates = perturb_gradients(p, updates, state.key, state.step, feature_axes)
         elif p.kind != 'none':
             if params is None:
                 raise ValueError(f'kind={p.kind!r}: update needs the parameters')
             new = optax.apply_updates(params, updates)
-            perturbed = perturb_weights(p, new, state.key, state.step + 1)
+            perturbed = perturb_weights(p, new, state.key, state.step + 1, feature_axes)
             updates = jax.tree.map(lambda u, x, y: u + (y - x), updates, new, perturbed)
         return updates, PerturbationState(state.step + 1, state.key)
 

@@ -9,7 +9,8 @@ for example
 python -m zerojax.sweep --config=configs/digits.py --seeds=4 --grid.perturbation.scale=1e-8,1e-6
 
 Every combination of the values is a run; --seeds=N makes each with the seeds 0 to N - 1, which
-decide everything random in it, the perturbation included. Each run has a folder of its own in DIR
+decide everything random in it, the perturbation included. A value of perturbation.streams is one
+name, several joined by '+', or empty for all. Each run has a folder of its own in DIR
 (default: runs/sweep_NAME), named by its values, with the files that `zerojax.main` would leave;
 DIR/sweep.csv has a line for each that is finished, of those that the command names. Stopped and
 started again, the sweep goes on where it was, and finished runs stay as they are; with more values
@@ -256,6 +257,8 @@ def parse_value(field: str, text: str) -> Any:
             return {'true': True, 'false': False}[text.lower()]
         if kind in (int, float, str):
             return kind(text)
+        if field in config_lib.TUPLES_OF_NAMES:
+            return tuple(text.split('+')) if text else ()
     except (KeyError, ValueError):
         raise UsageError(f'--grid.{field}={text}: must be of type {kind.__name__}') from None
     raise UsageError(f'--grid.{field}: is a {kind.__name__}, which a grid cannot vary')
@@ -289,7 +292,10 @@ def grid_jobs(
 
 def folder_name(fields: dict[str, Any]) -> str:
     """Name of the folder of a run that differs from others in these fields."""
-    name = ','.join(f'{field}={value}' for field, value in fields.items()) or 'run'
+    texts = {
+        field: '-'.join(map(str, x)) if type(x) is tuple else str(x) for field, x in fields.items()
+    }
+    name = ','.join(f'{field}={text}' for field, text in texts.items()) or 'run'
     return ''.join(c if c.isalnum() or c in '.,=-_' else '_' for c in name)
 
 

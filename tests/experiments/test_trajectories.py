@@ -117,6 +117,18 @@ def test_finished_runs_are_not_run_again_and_never_taken_for_others(toy_config, 
         Laboratory(config, tmp_path).run(NONE)
 
 
+def test_runs_aimed_at_streams_have_folders_of_their_own(config, fake, tmp_path):
+    laboratory = Laboratory(config, tmp_path)
+    aims = [(), ('stem',), ('stem', 'block2_0')]
+    laboratory.run_all([(Perturbation('gaussian', 1e-6, streams=aim), 0) for aim in aims])
+    assert [p.streams for _, p, _ in fake.simulated] == aims
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == [
+        'kind=gaussian,scale=1e-06,seed=0',
+        'kind=gaussian,scale=1e-06,streams=stem,seed=0',
+        'kind=gaussian,scale=1e-06,streams=stem-block2_0,seed=0',
+    ]
+
+
 def test_predictions_are_remembered_for_this_config_alone(toy_config, tmp_path):
     config = toy_config
     for learning_rate in (0.1, 0.1, 0.2):

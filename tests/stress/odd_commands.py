@@ -79,6 +79,7 @@ LIKELY_TEXTS = {
     'perturbation.layers': '.*bias stem block1_0 hidden/kernel head [',
     'perturbation.relative': 'true',
     'perturbation.scale': '0 0.5 1.0 1e30',
+    'perturbation.streams': "stem hidden block2_0 ('hidden','stem') () 3",
     'pruning.fraction': '0.5',
     'pruning.layers': 'head (',
     'pruning.source': '. nowhere /',

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from zerojax import perturb
 from zerojax.measure import metrics
 from zerojax.measure.noise import Spread, element_spread, feature_spread
 from zerojax.step.determinism import jit_in_mode
@@ -22,6 +23,10 @@ from zerojax.symmetry import project
 from zerojax.symmetry.orbits import Orbits, Path, named_axes, output_axes
 
 Tree = Any
+
+# A mean over hundreds of features is still about a unit in the last place of bfloat16; noise as
+# large as the weights leaves whole layers behind a ReLU at 0, which tell nothing.
+BREAKING_NOISE = 0.1
 
 
 def symmetric_fill(
@@ -59,6 +64,38 @@ def symmetric_fill(
     return jit_in_mode(fill, 'deterministic')(unflatten_dict(filled))
 
 
+def broken_fill(params: Tree, feature_axes: Tree, stream: str, seed: int = 1) -> Tree:
+    """The weights with the features of one stream no longer equal, and all others' as they were.
+
+    What the stream indexes is multiplied by 1 + 0.1 · N(0, 1), averaged over the features of all
+    other streams, as a perturbation 'gaussian' that is relative and aimed at the stream would; but
+    drawn on the host, as in `symmetric_fill`.
+
+    Args:
+        params: any floats, nested dictionaries.
+        feature_axes: the declaration of `params`.
+        stream: one of its names.
+        seed: of the random numbers.
+
+    Returns:
+        NumPy arrays of the same shapes and dtypes.
+
+    Raises:
+        ValueError: there is no such stream, or `params` and `feature_axes` do not fit each other.
+    """
+    generator = np.random.default_rng(seed)
+    averaged = perturb.averaged_axes(params, '.*', (stream,), feature_axes)
+    broken = {}
+    for path, x in sorted(flatten_dict(params).items()):
+        values, name = np.asarray(x), '/'.join(path)
+        noise = generator.standard_normal(values.shape)
+        if name in averaged:
+            noise = noise.mean(averaged[name], keepdims=True)
+            values = (values.astype(np.float64) * (1 + BREAKING_NOISE * noise)).astype(values.dtype)
+        broken[path] = values
+    return unflatten_dict(broken)
+
+
 def tensors(
     loss: Callable[[Tree], jax.Array], params: Tree, layers: Collection[str]
 ) -> dict[str, Any]:
@@ -81,21 +118,22 @@ def tensors(
 
 
 def equal_features(
-    tree: Tree, feature_axes: Tree, orbits: Orbits | None = None
+    tree: Tree, feature_axes: Tree, orbits: Orbits | None = None, stream: str | None = None
 ) -> dict[str, Spread]:
     """Spread between equal features, for each array that has any, by '/'-joined path.
 
     1 distinct feature and 0 ULPs mean bitwise equal. Of several named axes the worst counts. Only
     features of one orbit are compared (by default all of a layer are one); of arrays in
-    `orbits.entries`, such as an identity, the single weights that must be equal. In the order of
-    their paths. Runs on the host.
+    `orbits.entries`, such as an identity, the single weights that must be equal. With a `stream`
+    only its features are compared. In the order of their paths. Runs on the host.
 
     Raises:
         ValueError: tree and declaration do not fit each other.
     """
     spreads = {}
     for path, x, names in sorted(named_axes(tree, feature_axes), key=lambda each: each[0]):
-        if along := _spreads(x, path, names, orbits):
+        names = {axis: name for axis, name in names.items() if stream in (None, name)}
+        if names and (along := _spreads(x, path, names, orbits)):
             spreads['/'.join(path)] = max(along, key=lambda each: (each.ulps, each.distinct))
     return spreads
 
@@ -120,27 +158,37 @@ def output_axis(layer: str, params_axes: Tree) -> str:
     Raises:
         ValueError: its kernels do not agree, or it has none.
     """
-    outputs = output_axes(params_axes).items()
-    names = {name for path, name in outputs if path.startswith(f'{layer}/')}
+    names = _output_names(layer, params_axes)
     name = next(iter(names), None)
     if len(names) != 1 or name is None:
         raise ValueError(f'layer {layer!r}: its kernels have {names} along their last axis')
     return name
 
 
+def _output_names(layer: str, params_axes: Tree) -> set[str | None]:
+    outputs = output_axes(params_axes).items()
+    return {name for path, name in outputs if path.startswith(f'{layer}/')}
+
+
 def equal_features_of(
-    results: dict[str, Any], params_axes: Tree, orbits: Orbits | None = None
+    results: dict[str, Any],
+    params_axes: Tree,
+    orbits: Orbits | None = None,
+    stream: str | None = None,
 ) -> dict[str, Spread]:
     """`equal_features` of what `tensors` returns: outputs, their gradients, and those of weights.
 
-    Features are the last axis of every output.
+    Features are the last axis of every output. With a `stream`, outputs of layers whose kernels do
+    not agree on what they put out are left out.
     """
     outputs, output_gradients = results['forward']['outputs'], results['gradients']['outputs']
-    last = {
-        layer: (None,) * (np.ndim(x) - 1)
-        + ('features' if orbits is None else output_axis(layer, params_axes),)
-        for layer, x in outputs.items()
-    }
+
+    def features(layer: str) -> str | None:
+        if stream is not None:
+            return stream if _output_names(layer, params_axes) == {stream} else None
+        return 'features' if orbits is None else output_axis(layer, params_axes)
+
+    last = {layer: (None,) * (np.ndim(x) - 1) + (features(layer),) for layer, x in outputs.items()}
     return {
         f'{kind}/{name}': spread
         for kind, tree, axes in (
@@ -148,5 +196,5 @@ def equal_features_of(
             ('output_gradients', output_gradients, last),
             ('gradients', results['gradients']['params'], params_axes),
         )
-        for name, spread in equal_features(tree, axes, orbits).items()
+        for name, spread in equal_features(tree, axes, orbits, stream).items()
     }

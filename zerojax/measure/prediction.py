@@ -77,7 +77,7 @@ def sensitivities(
         norms = jax.vmap(optax.tree.norm)(pulled)
         return jax.tree.map(lambda x: x / jnp.expand_dims(norms, range(1, x.ndim)), pulled)
 
-    streams = list(feature_counts(state[0], feature_axes))
+    streams = symmetry.stream_names(feature_axes)
     floats = floats_of(state)
     random = np.random.default_rng(0)
     like = jax.tree.map(lambda x: random.normal(size=x.shape), floats[0])
@@ -157,18 +157,23 @@ def arranged(coordinates: Streams, m: int) -> tuple[alignment.Permutations, symm
 
 
 def two_features(noise: Tree, feature_axes: Tree) -> Tree:
-    """The deviation of each stream's second feature from its first, active part only, as a tangent
-    of the network with two features a stream: float64, [1, ...] like its params."""
-    tangent = {}
+    """The deviation of each stream's second feature from its first, active part only, as tangents of
+    the network with two features a stream: float64, [number of streams, ...] like its params.
+
+    A tangent for each stream, in the order of `symmetry.stream_names`: in one array two streams
+    would drown each other's digits once one has grown far beyond the other.
+    """
+    tangents = {}
+    streams = symmetry.stream_names(feature_axes)
     for path, x, names in symmetry.named_axes(jax.device_get(noise), feature_axes):
         shape = [min(n, 2) if axis in names else n for axis, n in enumerate(x.shape)]
-        total = np.zeros(shape) + (0 if names else x)
-        for axis in names:
+        of_each = {stream: np.zeros(shape) for stream in streams}
+        for axis, name in names.items():
             if x.shape[axis] > 1:
                 both = _over_others(x, axis, names).take([0, 1], axis)
-                total += both - both.mean(axis, keepdims=True)
-        tangent[path] = total[None]
-    return unflatten_dict(tangent)
+                of_each[name] += both - both.mean(axis, keepdims=True)
+        tangents[path] = np.stack(list(of_each.values()))
+    return unflatten_dict(tangents)
 
 
 def passive_deviations(noise: Tree, feature_axes: Tree) -> dict[str, dict[str, float]]:

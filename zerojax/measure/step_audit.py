@@ -21,6 +21,7 @@ from zerojax.measure.noise import Spread, noise_floor
 from zerojax.step import Batch, Model, TrainState, cross_entropy
 
 Tree = Any
+Streams = dict[str, dict[str, dict[str, Spread]]]  # broken one, other one, tensor
 PARTS = ('forward', 'gradients', 'new state')
 ONE_EXECUTABLE, COMPILATIONS, PROCESSES = 'one executable', 'fresh compilations', 'processes'
 
@@ -117,12 +118,15 @@ class Verdict:
         features: spread between the features of each tensor that are equal in exact arithmetic
             ('outputs/stem', 'gradients/block1_0/conv/kernel'); behind the first '/' comes the
             layer.
+        streams: of each stream, while it is broken, the same for each other one, see
+            `break_streams`; None: not measured.
     """
 
     compared: dict[str, int]
     noise: dict[str, dict[str, Spread]]
     operations: list[Operation]
     features: dict[str, Spread]
+    streams: Streams | None = None
 
     def unequal_layers(self) -> dict[str, tuple[str, Spread]]:
         """The layers whose features differ, each with its worst tensor."""
@@ -135,17 +139,35 @@ class Verdict:
                 unequal[layer] = name, spread
         return unequal
 
+    def unequal_streams(self) -> dict[str, dict[str, tuple[str, Spread]]]:
+        """Of each broken stream that has others to be compared: those whose features differ, each
+        with its worst tensor."""
+        unequal: dict[str, dict[str, tuple[str, Spread]]] = {}
+        for broken, others in (self.streams or {}).items():
+            if others:
+                worst_of = {other: _largest(tensors) for other, tensors in others.items()}
+                unequal[broken] = {k: x for k, x in worst_of.items() if x[1].distinct > 1}
+        return unequal
+
     def layers(self) -> list[str]:
         """All layers whose features were compared."""
         return list(dict.fromkeys(name.split('/')[1] for name in self.features))
 
     def silent(self) -> list[str]:
-        """Tensors of the forward pass and the gradients that were 0 throughout."""
+        """Tensors of the forward pass and the gradients that were 0 throughout; also those that
+        only were while a stream was broken."""
         floor = next(iter(self.noise.values()))
-        return [
+        always = [
             name
             for name, spread in floor.items()
             if spread.magnitude == 0 and not name.startswith('new state/')
+        ]
+        return always + [
+            f'{name} while {broken} is broken'
+            for broken, others in (self.streams or {}).items()
+            for tensors in others.values()
+            for name, spread in tensors.items()
+            if spread.magnitude == 0 and not name.startswith('new_')
         ]
 
     def record(self, *, full: bool) -> dict[str, Any]:
@@ -169,6 +191,7 @@ class Verdict:
             'features' if full else 'unequal_features': {
                 name: spread.record() for name, spread in chosen.items()
             },
+            **({'streams': jax.tree.map(Spread.record, self.streams)} if full else {}),
         }
 
     def sentences(self) -> list[str]:
@@ -206,11 +229,51 @@ class Verdict:
             )
         else:
             sentences.append('No features of this network are meant to be equal.')
+        sentences += self._sentences_on_streams()
         if silent := self.silent():
             sentences.append(
                 f'Tensors that are 0 throughout and tell nothing: {_shortened(silent)}.'
             )
         return sentences
+
+    def _sentences_on_streams(self) -> list[str]:
+        streams = self.unequal_streams()
+        failed = {
+            (broken, other): tensor
+            for broken, others in streams.items()
+            for other, tensor in others.items()
+        }
+        if not streams:
+            return []
+        if not failed:
+            return [
+                f'Each of {len(streams)} streams, broken alone, leaves all others bitwise equal.'
+            ]
+        (broken, other), (name, spread) = max(
+            failed.items(), key=lambda item: (item[1][1].ulps, item[1][1].distinct)
+        )
+        return [
+            f'Kernels do not keep all other streams equal while one is broken, for '
+            f'{sum(map(bool, streams.values()))} of {len(streams)} streams, least of all {other} '
+            f'while {broken} is broken, in {name}: {spread.distinct} distinct features, '
+            f'{_ulps(spread)} ULPs, {_relative(spread)} of its largest number.'
+        ]
+
+    def _table_of_streams(self) -> list[str]:
+        streams = self.unequal_streams()
+        if not streams:
+            return ['  no other stream has equal features']
+        lines = []
+        differing_first = sorted(streams.items(), key=lambda item: not item[1])
+        for broken, others in differing_first[:_ROWS]:
+            differing = [f'{other} by {_ulps(spread)}' for other, (_, spread) in others.items()]
+            told = (
+                f'differ, in ULPs: {_shortened(differing)}'
+                if others
+                else 'all others bitwise equal'
+            )
+            lines.append(f'  {broken:<16} {told}')
+        return lines + _and_more(len(streams))
 
     def table(self) -> list[str]:
         """The measurements as lines of at most 100 columns."""
@@ -233,6 +296,9 @@ class Verdict:
             lines.append(_row(layer, spread, name))
         lines += _and_more(len(unequal))
         lines.append(f'  bitwise equal in {number - len(unequal)} of {number} layers')
+
+        if self.streams is not None:
+            lines += ['', 'streams, each broken alone', *self._table_of_streams()]
         return [line[:100].rstrip() for line in lines]
 
 
@@ -272,6 +338,70 @@ def _shortened(names: list[str]) -> str:
 
 def _and_more(number: int) -> list[str]:
     return [f'  and {number - _ROWS} more, see audit.json'] if number > _ROWS else []
+
+
+def equal_features_of_step(
+    results: dict[str, Any],
+    feature_axes: Tree,
+    orbits: symmetry.Orbits | None,
+    *,
+    new_state: bool,
+    stream: str | None = None,
+) -> dict[str, Spread]:
+    """`equal_features_of` what `CompiledStep.run` returns; also of the new state, if that is asked
+    for: 'new_params/stem/kernel', 'new_batch_stats/block1_0/bn/mean'.
+
+    `feature_axes` is the model's declaration, of parameters and statistics.
+    """
+    found = equal_features.equal_features_of(results, feature_axes['params'], orbits, stream)
+    if new_state:
+        for kind in ('params', 'batch_stats'):
+            new, axes = results['new state'][kind], feature_axes[kind]
+            spreads = equal_features.equal_features(new, axes, orbits, stream)
+            found |= {f'new_{kind}/{name}': spread for name, spread in spreads.items()}
+    return found
+
+
+def break_streams(
+    compiled: CompiledStep,
+    feature_axes: Tree,
+    orbits: symmetry.Orbits | None = None,
+    *,
+    new_state: bool,
+) -> Streams:
+    """What the kernels make of all other streams while one is broken.
+
+    In exact arithmetic these stay symmetric. As long as all streams are, sums over features are of
+    equal numbers, whose order is no matter; here it is. The step is called once for each stream, by
+    the executables that are there, at its own weights with the stream broken by `broken_fill`.
+
+    Args:
+        compiled: a step at symmetric weights.
+        feature_axes, orbits, new_state: as in `equal_features_of_step`. The orbits are without
+            `entries`, which tie streams together.
+
+    Returns:
+        {broken stream: {other stream: {tensor: Spread between its equal features}}}, without
+        streams that have none.
+    """
+    names = symmetry.stream_names(feature_axes['params'])
+    found: Streams = {}
+    for broken in names:
+        params = equal_features.broken_fill(compiled.state.params, feature_axes['params'], broken)
+        params = jax.tree.map(
+            lambda new, old: jax.device_put(new, old.sharding), params, compiled.state.params
+        )
+        state = dataclasses.replace(compiled.state, params=params)
+        results = dataclasses.replace(compiled, state=state).run()
+        spreads = {
+            other: equal_features_of_step(
+                results, feature_axes, orbits, new_state=new_state, stream=other
+            )
+            for other in names
+            if other != broken
+        }
+        found[broken] = {other: tensors for other, tensors in spreads.items() if tensors}
+    return found
 
 
 def audit_compiled(

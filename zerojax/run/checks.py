@@ -104,29 +104,43 @@ def check_structure(config: ConfigDict, dataset: Dataset) -> None:
 
 
 def check_layers(config: ConfigDict, params: Tree, feature_axes: Tree) -> None:
-    """Checks what is chosen by step or by layer: perturbation, freezing, pruning.
+    """Checks what is chosen by step, layer or stream: perturbation, freezing, pruning.
 
     Raises:
-        UsageError: it comes after the run's end, or a pattern matches no parameter.
+        UsageError: it comes after the run's end, a stream is none of the network's, a pattern
+            matches no parameter, or what is chosen has nothing in common.
     """
     patterns = {}
+    layers, streams = config.perturbation.layers, config.perturbation.streams
     if config.perturbation.kind != 'none':
+        try:
+            perturb.check_streams(streams, feature_axes)
+        except ValueError as error:
+            raise UsageError(f'perturbation.{error}') from error
         if config.perturbation.at_step >= config.num_steps:
             raise UsageError(
                 f'perturbation.at_step={config.perturbation.at_step}: '
                 f'must be below num_steps={config.num_steps}'
             )
-        patterns['perturbation.layers'] = config.perturbation.layers
+        patterns['perturbation.layers'] = layers
     if config.optimizer.freeze:
         patterns['optimizer.freeze'] = config.optimizer.freeze
     if config.pruning.source:
         patterns['pruning.layers'] = config.pruning.layers
     if config.perturbation.kind in perturb.OUTPUT_KINDS:
         kernels = perturb.output_layers(feature_axes).values()
-        if not any(re.match(config.perturbation.layers, path) for path in kernels):
+        if not any(re.match(layers, path) for path in kernels):
             raise UsageError(
-                f'perturbation.layers={config.perturbation.layers!r}: matches no layer with output '
+                f'perturbation.layers={layers!r}: matches no layer with output '
                 f'features; their kernels are {", ".join(kernels)}'
+            )
+        if not perturb.chosen_outputs(config_lib.build_perturbation(config), feature_axes):
+            outputs = symmetry.output_axes(feature_axes)
+            there = dict.fromkeys(outputs[path] for path in kernels if re.match(layers, path))
+            raise UsageError(
+                f'perturbation.streams={streams!r}: no layer that perturbation.layers={layers!r} '
+                f'chooses puts out features of these, but of {", ".join(map(str, there))}; choose '
+                'others in one of the two'
             )
     for field, pattern in patterns.items():
         if not perturb.chosen(params, pattern):
@@ -134,12 +148,20 @@ def check_layers(config: ConfigDict, params: Tree, feature_axes: Tree) -> None:
                 f'{field}={pattern!r}: matches no parameter; '
                 f'they are {", ".join(perturb.chosen(params, ".*"))}'
             )
-    layers, frozen = config.perturbation.layers, config.optimizer.freeze
     perturbs_weights = config.perturbation.kind in perturb.WEIGHT_KINDS
-    if perturbs_weights and not perturb.chosen_but(params, layers, frozen):
+    perturbs_params = perturbs_weights or config.perturbation.kind == 'gradient'
+    if perturbs_params and not perturb.chosen_but(params, layers, '', streams, feature_axes):
+        indexed = perturb.chosen_but(params, '.*', '', streams, feature_axes)
         raise UsageError(
-            f'optimizer.freeze={frozen!r}: freezes all that perturbation.layers={layers!r} '
-            'chooses, and what is frozen is not perturbed; choose others in one of the two'
+            f'perturbation.streams={streams!r}: index nothing that perturbation.layers={layers!r} '
+            f'chooses, but {", ".join(indexed)}; choose others in one of the two'
+        )
+    frozen = config.optimizer.freeze
+    if perturbs_weights and not perturb.chosen_but(params, layers, frozen, streams, feature_axes):
+        aim = f' and perturbation.streams={streams!r} choose' if streams else ' chooses'
+        raise UsageError(
+            f'optimizer.freeze={frozen!r}: freezes all that perturbation.layers={layers!r}{aim}, '
+            'and what is frozen is not perturbed; choose others in one of them'
         )
 
 
@@ -163,11 +185,12 @@ def check_initial_weights(
             'start with equal features; must be False'
         )
     flat = flatten_dict(params, sep='/')
-    paths = perturb.chosen_but(params, p.layers, config.optimizer.freeze)
+    paths = perturb.chosen_but(params, p.layers, config.optimizer.freeze, p.streams, feature_axes)
     nonzero = sum(int(jnp.sum(flat[path] != 0)) for path in paths)
     if scales_weights and nonzero < p.count:
+        field, value = ('streams', p.streams) if p.streams else ('layers', p.layers)
         raise UsageError(
-            f'perturbation.layers={p.layers!r}: chooses {nonzero} weights that are not 0 at step 0;'
+            f'perturbation.{field}={value!r}: chooses {nonzero} weights that are not 0 at step 0;'
             f' kind {p.kind!r} changes only such, and needs {p.count}'
         )
 

@@ -73,24 +73,17 @@ class Predictor:
             )
             self._follower = prediction.Follower(self._reduced.step, self._axes)
             self._batches = self._sources(self._program)
-        exact = ConfigDict(config.to_dict())
-        exact.param_dtype, exact.model.dtype = 'float64', None
-        with numbers_of('float64'):
-            self._exact_program = Program(exact, dataset)
             halves = quotient.shares(self.features, 2)
-            self._exact = Reduction(self._exact_program, halves)
-            self._exact_start = self._exact.state(
+            self._pair = Reduction(self._program, halves)
+            self._pair_start = self._pair.state(
                 quotient.reduce(params, self._axes, halves), config.seed
             )
-            self._exact_batches = self._sources(self._exact_program)
 
     @functools.cached_property
     def _sensitivities(self) -> dict[str, Tree]:
-        with numbers_of('float64'):
-            batches = self._exact_batches[: prediction.HORIZON]
-            return prediction.sensitivities(
-                self._exact.step, self._exact_start, batches, self._axes
-            )
+        with numbers_of(self.config.param_dtype):
+            batches = self._batches[: prediction.HORIZON]
+            return prediction.sensitivities(self._pair.step, self._pair_start, batches, self._axes)
 
     def _sources(self, program: Program) -> list[Source]:
         """What each step reads."""
@@ -127,18 +120,20 @@ class Predictor:
 
     @functools.cached_property
     def _growth(self) -> stability.Growth:
-        tangent = prediction.two_features(self.noise(self.config.perturbation.seed), self._axes)
-        with numbers_of('float64'):
+        tangents = prediction.two_features(self.noise(self.config.perturbation.seed), self._axes)
+        with numbers_of(self.config.param_dtype):
+            tangents = jax.tree.map(
+                lambda x, w: jnp.asarray(x, w.dtype), tangents, self._pair_start[0]
+            )
             return stability.growth(
-                self._exact.step, self._exact_start, self._exact_batches, tangent, self._axes
+                self._pair.step, self._pair_start, self._batches, tangents, self._axes
             )
 
     @functools.cached_property
     def _persistence(self) -> dict[str, np.ndarray]:
-        with numbers_of('float64'):
-            config = self._exact_program.config
-            tx = build_optimizer(config, scalars_of(config))
-            return prediction.persistence(tx, self._exact_start[0], self.steps)
+        with numbers_of(self.config.param_dtype):
+            tx = build_optimizer(self.config, scalars_of(self.config))
+            return prediction.persistence(tx, self._pair_start[0], self.steps)
 
     def active(self) -> Curves:
         """By the linear law of small asymmetry, of the run's own noise, per unit of scale.
@@ -146,7 +141,11 @@ class Predictor:
         Raises:
             ValueError: the symmetric run itself is not finite.
         """
-        return {name: curve[:, 0] for name, curve in self._growth.log_by_stream.items()}
+        growth = self._growth.log_by_stream
+        return {
+            name: growth[name][:, i]
+            for i, name in enumerate(symmetry.stream_names(self._axes))
+        }
 
     def passive(self, noise: Tree) -> Curves:
         """Of what the noise has beside its active part, per unit of scale; -inf where it is 0."""

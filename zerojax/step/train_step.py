@@ -90,7 +90,9 @@ def train_step_function(
                 gradient,
             )
         (loss, (logits_BxN, batch_stats)), grads = gradient(params)
-        grads = perturb.perturb_gradients(perturbation, grads, noise_key, state.step)
+        grads = perturb.perturb_gradients(
+            perturbation, grads, noise_key, state.step, feature_axes['params']
+        )
         updates, opt_state = tx.update(grads, state.opt_state, params)
         params = _pruned(optax.apply_updates(params, updates), state.mask)
         if project:

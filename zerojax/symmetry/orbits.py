@@ -48,6 +48,13 @@ def feature_counts(tree: Tree, feature_axes: Tree) -> dict[str, int]:
     return counts
 
 
+def stream_names(feature_axes: Tree) -> list[str]:
+    """The names of a declaration's axes, each once, in its order."""
+    return list(
+        dict.fromkeys(x for names in flatten_dict(feature_axes).values() for x in names if x)
+    )
+
+
 def output_axes(feature_axes: Tree) -> dict[str, str | None]:
     """{'/'-joined path of each kernel: name of the features it puts out, or None}, sorted.
 
