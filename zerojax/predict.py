@@ -35,7 +35,14 @@ from zerojax.host.progress import Progress
 from zerojax.host.stop import raise_on_signals
 from zerojax.measure.prediction import ALONE
 from zerojax.run import cli, data
-from zerojax.run.prediction import ONSET, Curves, Predictor, check_predictable, onset
+from zerojax.run.prediction import (
+    ONSET,
+    Curves,
+    Predictor,
+    check_predictable,
+    largest,
+    onset,
+)
 
 MAX_STEPS = 400
 
@@ -60,11 +67,6 @@ def parse_scales(text: str | None, config: ConfigDict) -> list[float]:
     if not scales or not all(1e-37 <= each <= 1e37 for each in scales):
         raise UsageError(f'--scales={text}: must be numbers above 0, such as 1e-8,1e-6')
     return list(dict.fromkeys(scales))
-
-
-def largest(curves: Curves) -> np.ndarray:
-    """Of all streams, [N + 1]; NaN where one of them is."""
-    return np.max(list(curves.values()), axis=0)
 
 
 def median_onset(onsets: list[int | None]) -> float | None:

@@ -98,7 +98,7 @@ def in_order(of_seed=0):
 
 def test_two_features_grow_exactly_as_those_of_a_network_of_any_width():
     halves = quotient.shares(COUNTS, 2)
-    tangent = jax.tree.map(lambda x: x[0], prediction.two_features(noise(), AXES))
+    tangent = jax.tree.map(lambda x: x.sum(0), prediction.two_features(noise(), AXES))
     small, small_largest = grown(tangent, halves)
     large, largest = grown(quotient.expand(tangent, AXES, halves))
     for name in COUNTS:
@@ -110,12 +110,19 @@ def test_two_features_grow_exactly_as_those_of_a_network_of_any_width():
 def test_the_linear_prediction_is_that_of_the_noise_itself():
     """Of all features and both parts: once one direction rules, to rounding; before, closely."""
     drawn = in_order()
-    active = jax.tree.map(lambda x: x[0], prediction.two_features(drawn, AXES))
+    active = jax.tree.map(lambda x: x.sum(0), prediction.two_features(drawn, AXES))
     active, largest = grown(active, quotient.shares(COUNTS, 2))
     whole, _ = grown(drawn)
     error = np.maximum(active['a'], passive_curve(drawn, 'a', largest)) - whole['a']
     assert np.all(np.abs(error) < 0.5)
     assert np.all(np.abs(error[40:]) < 0.01)
+
+
+def test_each_stream_has_a_tangent_of_its_own():
+    tangents = prediction.two_features(noise(), AXES)
+    for i, name in enumerate(COUNTS):
+        sizes = symmetry.asymmetry_by_stream(jax.tree.map(lambda x, i=i: x[i], tangents), AXES)
+        assert {stream for stream, size in sizes.items() if size > 0} == {name}
 
 
 def passive_curve(drawn, name, largest):
@@ -157,7 +164,7 @@ def test_coordinates_tell_what_each_feature_comes_to():
         swapped = np.arange(COUNTS['a'])
         swapped[[1, d]] = d, 1
         pairs.append(prediction.two_features(alignment.permute(drawn, AXES, {'a': swapped}), AXES))
-    tangents = jax.tree.map(lambda *x: jnp.concatenate(x), *pairs)
+    tangents = jax.tree.map(lambda *x: jnp.stack(x)[:, 0], *pairs)  # of stream a, the first
     growth = stability.growth(step, state, batches(), tangents, AXES)
     ends = np.exp(growth.log_by_stream['a'][-1] - growth.log_by_stream['a'][-1].max())
     sizes = np.abs(at['a'][1:] - at['a'][0])

@@ -157,8 +157,9 @@ def arranged(coordinates: Streams, m: int) -> tuple[alignment.Permutations, symm
 
 
 def two_features(noise: Tree, feature_axes: Tree) -> Tree:
-    """The deviation of each stream's second feature from its first, active part only, as tangents of
-    the network with two features a stream: float64, [number of streams, ...] like its params.
+    """The deviation of each stream's second feature from its first, active part only.
+
+    As tangents of the network with two features a stream: float64, [streams, ...] like its params.
 
     A tangent for each stream, in the order of `symmetry.stream_names`: in one array two streams
     would drown each other's digits once one has grown far beyond the other.

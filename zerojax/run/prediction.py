@@ -100,6 +100,18 @@ class Predictor:
 
         In NumPy arrays, with the features of each stream in the order of `prediction.arranged`.
         """
+        with numbers_of(self.config.param_dtype):
+            seeds = {'perturbation.seed': np.int32(seed)}
+            state = self._program.initial_state(scalars_of(self.config) | seeds)
+            key = state.keys['perturbation']
+            noise = jax.device_get(self._draw(state.params, key))
+        at = prediction.coordinates(noise, self._axes, self._sensitivities)
+        order, _ = prediction.arranged(at, self._number)
+        return alignment.permute(noise, self._axes, order)
+
+    @functools.cached_property
+    def _draw(self) -> Callable[[Tree, jax.Array], Tree]:
+        """Jitted (weights, key of the perturbation) -> what is added to them per unit of scale."""
         perturbation = config_lib.build_perturbation(self.config, 1.0)
         frozen = self.config.optimizer.freeze
 
@@ -109,25 +121,33 @@ class Predictor:
             )
             return jax.tree.map(jnp.subtract, perturbed, params)
 
-        with numbers_of(self.config.param_dtype):
-            seeds = {'perturbation.seed': np.int32(seed)}
-            state = self._program.initial_state(scalars_of(self.config) | seeds)
-            key = state.keys['perturbation']
-            noise = jax.device_get(jit_in_mode(draw, 'deterministic')(state.params, key))
-        at = prediction.coordinates(noise, self._axes, self._sensitivities)
-        order, _ = prediction.arranged(at, self._number)
-        return alignment.permute(noise, self._axes, order)
+        return jit_in_mode(draw, 'deterministic')
 
     @functools.cached_property
-    def _growth(self) -> stability.Growth:
-        tangents = prediction.two_features(self.noise(self.config.perturbation.seed), self._axes)
+    def _own_noise(self) -> Tree:
+        return self.noise(self.config.perturbation.seed)
+
+    @functools.cached_property
+    def _growth(self) -> tuple[list[str], stability.Growth]:
+        """The streams that the run's own noise breaks, and the growth of a tangent for each."""
+        tangents = prediction.two_features(self._own_noise, self._axes)
+        streams = symmetry.stream_names(self._axes)
+        broken = [
+            i for i in range(len(streams)) if any(x[i].any() for x in jax.tree.leaves(tangents))
+        ]
+        if not broken:
+            raise UsageError(
+                f'perturbation.layers={self.config.perturbation.layers!r}: noise on these breaks '
+                'no symmetry; choose others'
+            )
         with numbers_of(self.config.param_dtype):
             tangents = jax.tree.map(
-                lambda x, w: jnp.asarray(x, w.dtype), tangents, self._pair_start[0]
+                lambda x, w: jnp.asarray(x[broken], w.dtype), tangents, self._pair_start[0]
             )
-            return stability.growth(
+            growth = stability.growth(
                 self._pair.step, self._pair_start, self._batches, tangents, self._axes
             )
+        return [streams[i] for i in broken], growth
 
     @functools.cached_property
     def _persistence(self) -> dict[str, np.ndarray]:
@@ -138,13 +158,17 @@ class Predictor:
     def active(self) -> Curves:
         """By the linear law of small asymmetry, of the run's own noise, per unit of scale.
 
+        -inf of streams that the noise does not break.
+
         Raises:
+            UsageError: it breaks none.
             ValueError: the symmetric run itself is not finite.
         """
-        growth = self._growth.log_by_stream
+        broken, growth = self._growth
+        unbroken = np.full(self.steps + 1, -np.inf)
         return {
-            name: growth[name][:, i]
-            for i, name in enumerate(symmetry.stream_names(self._axes))
+            name: growth.log_by_stream[name][:, broken.index(name)] if name in broken else unbroken
+            for name in self.features
         }
 
     def passive(self, noise: Tree) -> Curves:
@@ -154,13 +178,12 @@ class Predictor:
             left = [size * self._persistence[path] for path, size in sizes.items()]
             with np.errstate(divide='ignore'):
                 curves[name] = np.log(np.max([np.zeros(self.steps + 1), *left], axis=0))
-            curves[name] = curves[name] - self._growth.log_largest[name]
+            curves[name] = curves[name] - self._growth[1].log_largest[name]
         return curves
 
     def linear(self, scale: float) -> Curves:
         """The linear prediction, of the run's own noise: the larger of active and passive part."""
-        passive = self.passive(self.noise(self.config.perturbation.seed))
-        return _larger(self.active(), passive, scale, scale)
+        return _larger(self.active(), self.passive(self._own_noise), scale, scale)
 
     def reduced(
         self, noise: Tree, scale: float, advance: Callable[[int], object] = lambda _: None
@@ -215,6 +238,11 @@ def _larger(curves: Curves, others: Curves, scale: float, scale_of_others: float
         name: np.maximum(curve + np.log(scale), others[name] + np.log(scale_of_others))
         for name, curve in curves.items()
     }
+
+
+def largest(curves: Curves) -> np.ndarray:
+    """Of all streams, [N + 1]; NaN where one of them is."""
+    return np.max(list(curves.values()), axis=0)
 
 
 def onset(curve: np.ndarray) -> int | None:
