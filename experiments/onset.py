@@ -3,10 +3,11 @@
     python -m experiments.onset
 
 scale · N(0, 1) is added to the initial weights, for scales from 1e-30 to 0.1 and both places of the
-shortcut. Training starts when the asymmetry reaches 0.1. Beside every measured onset stands the one
-predicted from the unperturbed run alone: by the linearised step, and, where features start on a
-kink, with the first steps taken exactly. kinks.csv counts the features on a kink. 3 seeds, in a
-quarter of an hour on two CPU cores. See `experiments.runs` for flags and restarts.
+shortcut. Training starts when the asymmetry reaches 0.1. Beside every measured onset stand those
+predicted without the run: by the linearised step; where features start on a kink, with the first
+steps taken exactly; and by a reduced network of 8 features a stream, through the kinks. kinks.csv
+counts the features on a kink. 3 seeds, in 25 minutes on two CPU cores. See `experiments.runs` for
+flags and restarts.
 """
 
 import math
@@ -21,6 +22,7 @@ from experiments.trajectories import ONSET, Laboratory, Trajectory
 from zerojax.host import records
 from zerojax.measure import kinks, stability
 from zerojax.perturb import NONE, Perturbation
+from zerojax.run import prediction
 from zerojax.run.building import build_optimizer, scalars_of
 from zerojax.step import TrainState, cross_entropy, train_step_function
 from zerojax.step.determinism import jit_in_mode
@@ -30,6 +32,7 @@ SHOWN = (1e-30, 1e-10, 1e-8, 1e-6, 1e-4, 1e-2)  # as curves, of the first seed
 SHORTCUTS = ('pre_relu', 'post_relu')
 EXACT_STEPS = (10, 30)  # beside as many as there are features on a kink
 KINK_STEPS = 10  # at which these are counted
+FEATURES = 8  # of the reduced network's streams
 TINY = 1e-30  # stands for every perturbation that a kink makes finite
 
 
@@ -72,6 +75,25 @@ class Prediction(Laboratory):
 
         fields = {'predict': 'one-sided', 'exact_steps': exact_steps, 'epsilon': TINY}
         return np.array(self.remember(compute, seed=seed, **fields)['log'])
+
+    def reduced(self, seed: int) -> dict[float, np.ndarray]:
+        """{scale: log of the asymmetry that a reduced network has, [num_steps + 1]}."""
+
+        def compute() -> dict[str, Any]:
+            config = runs.changed(
+                self.config,
+                seed=seed,
+                **{'perturbation.kind': 'gaussian', 'perturbation.seed': seed},
+            )
+            steps = self.config.num_steps
+            predictor = prediction.Predictor(config, self.dataset, steps, FEATURES)
+            noise = predictor.noise(seed)
+            curves = [predictor.reduced(noise, scale) for scale in SCALES]
+            return {'logs': [prediction.largest(each).tolist() for each in curves]}
+
+        fields = {'predict': 'reduced', 'features': FEATURES, 'scales': list(SCALES)}
+        logs = self.remember(compute, seed=seed, **fields)['logs']
+        return {scale: np.array(log) for scale, log in zip(SCALES, logs, strict=True)}
 
     def features_on_kinks(self, seed: int) -> list[dict[str, list[int]]]:
         """{layer: [inputs exactly at a kink, those that the perturbation moves]} of each step."""
@@ -124,10 +146,12 @@ def measure(experiment: runs.Experiment, shortcut: str) -> dict[str, Any]:
     """All runs and predictions of one place of the shortcut."""
     config = runs.changed(experiment.config, **{'model.shortcut': shortcut})
     laboratory = Prediction(config, experiment.workdir / 'runs' / shortcut)
-    found: dict[str, Any] = {'measured': {}, 'linear': [], 'one_sided': [], 'kinks': []}
+    found: dict[str, Any] = {'measured': {}, 'linear': [], 'one_sided': []}
+    found |= {'reduced': [], 'kinks': []}
     for seed in range(experiment.seeds):
         print(f'-- {experiment.name}: {shortcut}, prediction, seed {seed}', flush=True)
         found['linear'].append(laboratory.linear(seed))
+        found['reduced'].append(laboratory.reduced(seed))
         counted = laboratory.features_on_kinks(seed)
         found['kinks'].append(counted)
         kinked = steps_on_kinks(counted)
@@ -162,6 +186,9 @@ def rows_of(shortcut: str, found: dict[str, Any]) -> list[dict[str, Any]]:
                 'n': len(its_runs),
                 'onset': listed([each.onset() for each in its_runs]),
                 'predicted, linear': listed([predicted_onset(x, scale) for x in found['linear']]),
+                'predicted, reduced': listed(
+                    [prediction.onset(by_scale[scale]) for by_scale in found['reduced']]
+                ),
                 'predicted, one-sided': ', '.join(each or '-' for each in one_sided),
                 'last asymmetry': f'{max(each.asymmetry[-1] for each in its_runs):.1e}',
                 'held-out accuracy': runs.mean_and_deviation([each.accuracy for each in its_runs]),
@@ -207,13 +234,15 @@ def draw_onsets(axes: Any, found: dict[str, Any]) -> None:
         fine = np.logspace(-30, -1, 300)
         linear = [predicted_onset(found['linear'][seed], scale) for scale in fine]
         axes.plot(fine, [np.nan if x is None else x for x in linear], '-', color=color, lw=1.2)
+        reduced = [prediction.onset(log) for log in found['reduced'][seed].values()]
+        axes.plot(SCALES, [np.nan if x is None else x for x in reduced], ':', color=color, lw=2)
         for log in list(found['one_sided'][seed].values())[-1:]:
             onset = predicted_onset(log - math.log(TINY), TINY)
             axes.plot(fine, [np.nan if onset is None else onset] * len(fine), '--', color=color)
     axes.axhline(num_steps, color='0.5', lw=0.8)
     axes.set(
         xscale='log',
-        xlabel='scale of the perturbation (line: linear prediction, dashes: one-sided)',
+        xlabel='scale of the perturbation (predicted: line linear, dots reduced, dashes one-sided)',
         ylabel='step of onset (x: never)',
         ylim=(0, num_steps * 1.2),
     )
@@ -221,7 +250,7 @@ def draw_onsets(axes: Any, found: dict[str, Any]) -> None:
 
 
 def draw_curves(asymmetry: Any, loss: Any, found: dict[str, Any]) -> None:
-    """Of the first seed; dashes: what the linearised step predicts, until it leaves the figure."""
+    """Of the first seed, with both predictions."""
     symmetric: Trajectory = found['symmetric']
     steps = np.arange(1, found['num_steps'] + 1)
     for i, scale in enumerate(SHOWN):
@@ -230,9 +259,12 @@ def draw_curves(asymmetry: Any, loss: Any, found: dict[str, Any]) -> None:
         predicted = np.exp(found['linear'][0][1:] + math.log(scale))
         predicted[predicted > 1] = np.nan
         asymmetry.plot(steps, predicted, '--', color=color, lw=1)
+        asymmetry.plot(steps, np.exp(found['reduced'][0][scale][1:]), ':', color=color, lw=1.5)
         loss.plot(steps, trajectory.loss, color=color, lw=1)
     loss.plot(steps, symmetric.loss, color='0.5', lw=1.5, label='unperturbed')
-    asymmetry.set(yscale='log', xlabel='step', ylabel='asymmetry (dashes: linear prediction)')
+    asymmetry.set(
+        yscale='log', xlabel='step', ylabel='asymmetry (predicted: dashes linear, dots reduced)'
+    )
     asymmetry.axhline(ONSET, color='0.5', lw=0.8)
     asymmetry.legend(title='scale', fontsize=8, frameon=False)
     loss.set(xlabel='step', ylabel='loss of the training batch (nats)')

@@ -77,7 +77,7 @@ def test_feature_axes_describe_every_variable(network):
 def test_features_are_as_many_as_they_are_said_to_be(name):
     network = models.create(**NETWORKS[name])
     counts = {axis: 2 + i for i, axis in enumerate(sorted(assert_axes_fit(network)))}
-    assert assert_axes_fit(network.clone(feature_counts=counts)) == counts
+    assert assert_axes_fit(network.with_features(counts)) == counts
 
 
 def test_permuting_the_features_of_one_name_changes_nothing(network):

@@ -84,6 +84,11 @@ def draw_run(
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8, frameon=False)
         axes.grid(alpha=0.3)
+    save_png(figure, path)
+
+
+def save_png(figure: Any, path: pathlib.Path) -> None:
+    """Writes a Matplotlib figure, whose folder is made if it is missing."""
     content = io.BytesIO()
     figure.savefig(content, format='png', dpi=120)
     if not objectstore.in_store(path):

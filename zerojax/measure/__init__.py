@@ -1,7 +1,8 @@
 """What can be asked of a network or of a train step; works on any model.
 
 `metrics` is what the paper measures. `stability` tells how fast a small asymmetry grows along a
-symmetric run, `kinks` where it has no derivative. What a machine can be trusted with has three
+symmetric run, `kinks` where it has no derivative, `prediction` what noise on the initial weights
+will come to. What a machine can be trusted with has three
 storeys: `noise` compares numbers, `equal_features` the features of one result, `step_audit` all
 that one train step gives; `compiled` makes and reads the programs that they look at. The command on
 top is `zerojax.audit`. A new measurement is a function of arrays, or of a step, in the file of its

@@ -43,8 +43,10 @@ class Growth:
     """What becomes of k small perturbations along a symmetric run of N steps; natural logarithms.
 
     Attributes:
-        log_asymmetry: [N + 1, k]: largest asymmetry over all layers (`symmetry.asymmetry`) per unit
-            of perturbation, before the first step and after each.
+        log_by_stream: for each stream [N + 1, k]: its asymmetry (`symmetry.asymmetry_by_stream`)
+            per unit of perturbation, before the first step and after each. -inf where it is 0.
+        log_largest: for each stream [N + 1]: largest weight that it indexes, which its asymmetry is
+            relative to.
         log_distance: [N + 1, k]: the same for the L2 distance of the weights from the symmetric
             subspace (`symmetry.distance`).
         log_stretch: [N, k]: logarithm of the diagonal of each step's R, for the exponents.
@@ -52,9 +54,15 @@ class Growth:
     All are float64 on the host.
     """
 
-    log_asymmetry: np.ndarray
+    log_by_stream: dict[str, np.ndarray]
+    log_largest: dict[str, np.ndarray]
     log_distance: np.ndarray
     log_stretch: np.ndarray
+
+    @property
+    def log_asymmetry(self) -> np.ndarray:
+        """[N + 1, k]: the largest of any stream."""
+        return np.max(list(self.log_by_stream.values()), axis=0)
 
     def exponents(self) -> np.ndarray:
         """Transverse Lyapunov exponents over the first n = 1..N steps, per step, [N, k]; largest
@@ -130,7 +138,7 @@ def growth(
     if not jit_in_mode(check, 'deterministic')(params):  # eagerly, each shape would be compiled
         raise ValueError('state: its params are not symmetric')
     count = len(jax.tree.leaves(tangents)[0])
-    still = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), _floats(rest))
+    still = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), floats_of(rest))
     return _push_along(step, state, batches, (tangents, still), feature_axes, orbits)
 
 
@@ -204,8 +212,8 @@ def one_sided_log_asymmetry(
         state = jitted(state, batch)
         perturbed = [jitted(each, batch) for each in perturbed]
         logs.append([float(jnp.log(asymmetry(each[0]))) for each in perturbed])
-    base = _floats(state)
-    deviations = [jax.tree.map(jnp.subtract, _floats(each), base) for each in perturbed]
+    base = floats_of(state)
+    deviations = [jax.tree.map(jnp.subtract, floats_of(each), base) for each in perturbed]
     tangents = jax.tree.map(lambda *x: jnp.stack(x), *deviations)
     rest = _push_along(step, state, batches, tangents, feature_axes, orbits).log_asymmetry
     return np.concatenate([np.array(logs, np.float64)[:-1], rest])
@@ -221,22 +229,25 @@ def _push_along(
 ) -> Growth:
     """`growth` of tangents that are floats [k, ...] like those of the whole state."""
 
-    def measure(state: State, basis: Tree, coefficients: jax.Array) -> dict[str, jax.Array]:
+    def measure(state: State, basis: Tree, coefficients: jax.Array) -> dict[str, Tree]:
         """Of the tangents, which are the basis times the columns of the coefficients [k, k]."""
         tangents = jax.tree.map(
             lambda x: jnp.tensordot(coefficients.astype(x.dtype), x, (0, 0), precision='highest'),
             basis,
         )
 
-        def of_one(tangent: Tree) -> dict[str, jax.Array]:
-            by_layer = symmetry.asymmetry(tangent[0], feature_axes, orbits, relative_to=state[0])
+        def of_one(tangent: Tree) -> dict[str, Tree]:
+            by_stream = symmetry.asymmetry_by_stream(
+                tangent[0], feature_axes, orbits, relative_to=state[0]
+            )
             distances = symmetry.distance(tangent[0], feature_axes, orbits)
             return {
-                'log_asymmetry': jnp.log(_largest(by_layer)),
+                'log_by_stream': jax.tree.map(jnp.log, by_stream),
                 'log_distance': jnp.log(jnp.sqrt(sum(x**2 for x in distances.values()))),
             }
 
-        return jax.vmap(of_one)(tangents)
+        largest = symmetry.largest_weights(state[0], feature_axes)
+        return jax.vmap(of_one)(tangents) | {'log_largest': jax.tree.map(jnp.log, largest)}
 
     def transverse(tangents: Tree) -> Tree:
         params, rest = tangents
@@ -255,16 +266,16 @@ def _push_along(
         return basis, coefficients, {'size': sizes}
 
     def push(state: State, basis: Tree, coefficients: jax.Array, batch: Any) -> Any:
-        floats, others = _floats(state), _others(state)
+        floats, others = floats_of(state), others_of(state)
 
         def advance(floats: Tree) -> tuple[Tree, Tree]:
-            new_state = step(_merged(floats, others), batch)
-            return _floats(new_state), _others(new_state)
+            new_state = step(merged(floats, others), batch)
+            return floats_of(new_state), others_of(new_state)
 
         floats, linearised, others = jax.linearize(advance, floats, has_aux=True)
         # Transverse tangents stay so but for rounding, which may grow faster than they do.
         basis, r = _orthonormalised(transverse(jax.vmap(linearised)(basis)))
-        params, rest = _merged(floats, others)
+        params, rest = merged(floats, others)
         state = symmetry.project(params, feature_axes, orbits), rest
         coefficients = jnp.matmul(r, coefficients, precision='highest')
         sizes = jnp.linalg.norm(coefficients, axis=0)
@@ -279,11 +290,11 @@ def _push_along(
         state, basis, coefficients, sizes = push(state, basis, coefficients, batch)
         records.append(sizes | measure(state, basis, coefficients))
 
-    def stacked(name: str, start: int = 0) -> np.ndarray:
-        return np.array([record[name] for record in records[start:]], np.float64)
+    def stacked(values: Iterable[Any]) -> np.ndarray:
+        return np.array(list(values), np.float64)
 
     count = len(first['size'])
-    sizes = stacked('size')
+    sizes = stacked(record['size'] for record in records)
     bad = np.flatnonzero(~np.all(np.isfinite(sizes) & (sizes > 0), axis=1))
     if len(bad) and bad[0] == 0:
         raise ValueError('tangents: must be finite and have a transverse part')
@@ -293,10 +304,17 @@ def _push_along(
             'has it a derivative there? (Adam has none where a gradient is 0, unless eps_root > 0)'
         )
     log_sizes = np.cumsum(np.log(sizes), axis=0)
+    by_stream = [record['log_by_stream'] for record in records]
     return Growth(
-        log_asymmetry=stacked('log_asymmetry') + log_sizes,
-        log_distance=stacked('log_distance') + log_sizes,
-        log_stretch=np.log(stacked('stretch', 1)).reshape(-1, count),
+        log_by_stream={
+            name: stacked(each[name] for each in by_stream) + log_sizes for name in by_stream[0]
+        },
+        log_largest={
+            name: stacked(record['log_largest'][name] for record in records)
+            for name in by_stream[0]
+        },
+        log_distance=stacked(record['log_distance'] for record in records) + log_sizes,
+        log_stretch=np.log(stacked(record['stretch'] for record in records[1:])).reshape(-1, count),
     )
 
 
@@ -327,16 +345,18 @@ def _is_float(x: Any) -> bool:
     return bool(jnp.issubdtype(jnp.result_type(x), jnp.floating))
 
 
-def _floats(tree: Tree) -> Tree:
-    """The tree with None for all that is not a float."""
+def floats_of(tree: Tree) -> Tree:
+    """The tree with None for all that is not a float, and so has no derivative."""
     return jax.tree.map(lambda x: x if _is_float(x) else None, tree)
 
 
-def _others(tree: Tree) -> Tree:
+def others_of(tree: Tree) -> Tree:
+    """The tree with None for all floats."""
     return jax.tree.map(lambda x: None if _is_float(x) else x, tree)
 
 
-def _merged(floats: Tree, others: Tree) -> Tree:
+def merged(floats: Tree, others: Tree) -> Tree:
+    """The tree that `floats` and `others` are the parts of."""
     return jax.tree.map(
         lambda x, other: other if x is None else x, floats, others, is_leaf=lambda x: x is None
     )

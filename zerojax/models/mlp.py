@@ -1,5 +1,6 @@
 """The toy: one hidden layer, whose number of unique features is chosen."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -41,6 +42,10 @@ class MLP(nn.Module):
         hidden = Linear(self.width, kernel_init, self.precision, name='hidden')(pixels_BxC)
         head = nn.Dense(self.num_classes, kernel_init=zeros, precision=self.precision, name='head')
         return head(nn.relu(hidden))
+
+    def with_features(self, counts: Mapping[str, int]) -> 'MLP':
+        """As `StagedNetwork.with_features`; unless given weights, all its features are unique."""
+        return self.clone(width=counts['hidden'], unique_features=None)
 
     def layers(self) -> list[str]:
         """As `StagedNetwork.layers`."""

@@ -68,6 +68,10 @@ class StagedNetwork(nn.Module):
         self.feature_counts = FrozenDict(self.feature_counts)  # modules must be hashable
         super().__post_init__()
 
+    def with_features(self, counts: Mapping[str, int]) -> 'StagedNetwork':
+        """The same network with these numbers of features, {axis name: number}."""
+        return self.clone(feature_counts=counts)
+
     @property
     def stem_features(self) -> int:
         """Number of features of the stem."""

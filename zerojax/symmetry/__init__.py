@@ -19,6 +19,7 @@ from zerojax.symmetry.measures import (
     distance_by_stream,
     is_symmetric,
     is_symmetric_by_stream,
+    largest_weights,
     project,
     transverse,
     unique_features,
@@ -28,6 +29,6 @@ from zerojax.symmetry.orbits import Orbits, find_orbits, named_axes, output_axes
 
 __all__ = [
     'Orbits', 'asymmetry', 'asymmetry_by_stream', 'distance', 'distance_by_stream', 'find_orbits',
-    'is_symmetric', 'is_symmetric_by_stream', 'named_axes', 'output_axes', 'project',
-    'stream_names', 'transverse', 'unique_features', 'unique_features_by_stream',
+    'is_symmetric', 'is_symmetric_by_stream', 'largest_weights', 'named_axes', 'output_axes',
+    'project', 'stream_names', 'transverse', 'unique_features', 'unique_features_by_stream',
 ]  # fmt: skip

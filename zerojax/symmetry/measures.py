@@ -147,19 +147,27 @@ def asymmetry_by_stream(
     return {name: jnp.max(jnp.stack(values)) for name, values in streams.items()}
 
 
+def largest_weights(tree: Tree, feature_axes: Tree) -> dict[str, jax.Array]:
+    """Largest |w| of all finite weights that each stream indexes, [].
+
+    Raises:
+        ValueError: tree and declaration do not fit each other.
+    """
+    largest: dict[str, jax.Array] = {}
+    for _, x, names in named_axes(tree, feature_axes):
+        size = jnp.abs(x)
+        of_array = jnp.max(jnp.where(jnp.isfinite(size), size, jnp.zeros_like(size)))
+        for name in names.values():
+            largest[name] = jnp.maximum(largest[name], of_array) if name in largest else of_array
+    return largest
+
+
 def _relative_deviations(
     tree: Tree, feature_axes: Tree, orbits: Orbits | None, relative_to: Tree
 ) -> Iterator[tuple[Path, list[str], jax.Array]]:
     """(array, axis names concerned, largest relative deviation from what it must equal, [])."""
-    leaves = list(named_axes(tree, feature_axes))
-    scales: dict[str, jax.Array] = {}
-    for _, x, names in leaves if relative_to is None else named_axes(relative_to, feature_axes):
-        for name in names.values():
-            size = jnp.abs(x)
-            largest = jnp.max(jnp.where(jnp.isfinite(size), size, jnp.zeros_like(size)))
-            scales[name] = jnp.maximum(scales[name], largest) if name in scales else largest
-
-    for path, x, names in leaves:
+    scales = largest_weights(tree if relative_to is None else relative_to, feature_axes)
+    for path, x, names in named_axes(tree, feature_axes):
         for concerned, to_first in _classes(path, names, orbits):
             # A difference so small that the arithmetic loses it is still a difference.
             tiny = jnp.finfo(x.dtype).tiny

@@ -1,4 +1,4 @@
-"""The small network that a symmetric one is equal to.
+"""The small networks that a large one is equal to, or is followed by.
 
 As long as the features of an orbit are equal, one of them stands for all. Where a layer sums over
 its input features, that one is counted as often as its orbit has features. The gradient of a weight
@@ -7,12 +7,18 @@ their number it is the gradient of each. So the small network, trained with thes
 computes what the large one computes, at a fraction of its cost:
 
     orbits = symmetry.find_orbits(params, feature_axes['params'])
-    small = quotient.Quotient(small_model, feature_axes, orbits)
+    small = quotient.Quotient(make_model(orbits.counts()), feature_axes, orbits)
     small_params = quotient.reduce(params, feature_axes['params'], orbits)
     tx = optax.chain(quotient.average_gradients(feature_axes['params'], orbits), tx)
 
-`small_model` is the same architecture with as many features as there are orbits: of ConstNet and
-LeakyNet `model.clone(feature_counts=orbits.counts())`, of the toy `model.clone(width=...)`.
+`make_model` returns the same architecture with these numbers of features, {axis name: number}: of
+zerojax's networks `model.with_features`.
+
+With `find_orbits` this is the quotient of a symmetric network, of one feature a stream. With
+`shares(counts, m)` in its place it is a *reduced network*: each stream's features in m sets that
+stay equal within, but differ from one another. It is equal to the large network that starts with m
+unique features a stream (`perturb.unequal_init`), and follows one whose features all differ a
+little: started from `average`, each of its features from the mean of those that it stands for.
 
 Three things must hold of other networks and optimizers. Arrays sum over all their named axes but
 the last, as the kernels of dense layers and convolutions do. Nothing else sums over features (the
@@ -20,6 +26,7 @@ statistics of a LayerNorm do, and are the same only if all orbits have one size)
 treats each weight by itself: SGD, Adam and weight decay do, clipping by the global norm does not.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -28,7 +35,44 @@ import optax
 from flax.traverse_util import unflatten_dict
 
 from zerojax.symmetry.bits import bit_patterns
-from zerojax.symmetry.orbits import Orbits, Tree, named_axes
+from zerojax.symmetry.orbits import Orbits, Path, Tree, named_axes
+
+
+def shares(counts: Mapping[str, int], m: int) -> Orbits:
+    """Orbits of m features a stream: feature d is in that of all d + n · m.
+
+    Args:
+        counts: number of features of each axis name, as of `orbits.feature_counts`.
+        m: number of orbits of each; a stream of fewer features has one for each of them.
+
+    Raises:
+        ValueError: m is below 1.
+    """
+    if m < 1:
+        raise ValueError(f'm={m}: must be at least 1')
+    return Orbits({name: np.arange(count) % m for name, count in counts.items()}, entries={})
+
+
+def average(tree: Tree, feature_axes: Tree, orbits: Orbits) -> Tree:
+    """The mean of the features of each orbit, in NumPy arrays: [..., orbits, ...] along named axes.
+
+    Of a symmetric tree it is what `reduce` returns, up to rounding. Summed in float64 and rounded
+    once to the dtype.
+
+    Raises:
+        ValueError: tree, declaration and orbits do not fit each other.
+    """
+    averaged = {}
+    for path, x, names in named_axes(tree, feature_axes):
+        mean = np.asarray(x, np.float64)
+        for axis, name in names.items():
+            _check_length(path, name, x.shape[axis], len(orbits.first.get(name, ())))
+            members = [
+                np.flatnonzero(orbits.first[name] == i) for i in np.unique(orbits.first[name])
+            ]
+            mean = np.stack([mean.take(each, axis).mean(axis) for each in members], axis)
+        averaged[path] = mean.astype(x.dtype)
+    return unflatten_dict(averaged)
 
 
 def reduce(tree: Tree, feature_axes: Tree, orbits: Orbits) -> Tree:
@@ -74,14 +118,17 @@ def _take_along_named(
     taken = {}
     for path, x, names in named_axes(tree, feature_axes):
         for axis, name in names.items():
-            if lengths.get(name) != x.shape[axis]:
-                raise ValueError(
-                    f'{"/".join(path)}: axis {name!r} has length {x.shape[axis]}; '
-                    f'{lengths.get(name)} would fit the orbits'
-                )
+            _check_length(path, name, x.shape[axis], lengths.get(name))
             x = x.take(indices[name], axis)
         taken[path] = x
     return unflatten_dict(taken)
+
+
+def _check_length(path: Path, name: str, length: int, fitting: int | None) -> None:
+    if length != fitting:
+        raise ValueError(
+            f'{"/".join(path)}: axis {name!r} has length {length}; {fitting} would fit the orbits'
+        )
 
 
 def _sizes(x: jax.Array, axis: int, name: str, orbits: Orbits) -> np.ndarray:

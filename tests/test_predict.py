@@ -1,0 +1,136 @@
+"""The prediction of a run: the command, and that it says what the run then does."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from zerojax import predict
+from zerojax.host import records
+from zerojax.run import data, train
+from zerojax.run.prediction import Predictor, onset
+
+ROOT = pathlib.Path(__file__).parent.parent
+DIGITS = f'--config={ROOT}/configs/digits.py'
+TOY = ['--config.model.name=mlp', '--config.model.init=averaging', '--config.model.width=20']
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """optax's schedule mixes int32 and float."""
+    with jax.numpy_dtype_promotion('standard'):
+        yield
+
+
+def test_the_command_predicts_streams_onsets_and_curves(tmp_path, capsys):
+    flags = ['--scales=1e-2,1e-6', '--steps=20', '--features=4', '--seeds=2']
+    assert predict.main(['predict', DIGITS, *TOY, *flags, f'--workdir={tmp_path}/p']) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 40, 'one screen'
+    assert max(len(line) for line in lines if str(tmp_path) not in line) <= 100
+    found = json.loads((tmp_path / 'p' / 'predict.json').read_text())
+    streams = {'hidden': 20}
+    assert {name: stream['features'] for name, stream in found['streams'].items()} == streams
+    assert all(isinstance(stream['growth'], float) for stream in found['streams'].values())
+    assert [(each['scale'], each['stream']) for each in found['onsets']] == [
+        (scale, stream) for scale in (1e-2, 1e-6) for stream in (*found['streams'], None)
+    ]
+    for each in found['onsets']:
+        assert len(each['reduced_seeds']) == 2
+    assert set(found['curves']) == {'0.01', '1e-06'}
+    for curves in found['curves'].values():
+        assert {name: len(curve) for name, curve in curves.items()} == dict.fromkeys(streams, 21)
+    assert found['operations']['full'] > 2 * found['operations']['reduced']
+    assert found['seconds'] > 0
+    assert (tmp_path / 'p' / 'figures' / 'predict.png').read_bytes()[:4] == b'\x89PNG'
+
+
+@pytest.mark.parametrize(
+    'flags,message',
+    [
+        (
+            ['--config.perturbation.kind=none'],
+            "perturbation.kind='none': only noise on the initial",
+        ),
+        (['--config.perturbation.kind=gradient'], "perturbation.kind='gradient': only noise on"),
+        (['--config.perturbation.at_step=3'], 'perturbation.at_step=3: only noise on the initial'),
+        (['--config.perturbation.every=3'], 'perturbation.every=3: only noise on the initial'),
+        (['--config.model.dropout=0.1'], 'model.dropout=0.1: breaks every symmetry by itself'),
+        (['--config.symmetry.project=True'], 'symmetry.project=True: no asymmetry outlives a step'),
+        (['--config.dataset.last_batch=keep'], "dataset.last_batch='keep': predictions need"),
+        (['--config.model.init=random'], "model.init='random': some features of a stream start"),
+        (
+            ['--config.model.name=leakynet', '--config.model.init=1_ii_ii_ii'],
+            "model.init='1_ii_ii_ii': some features of a stream start",
+        ),
+        (['--config.perturbation.layers=nothing'], "perturbation.layers='nothing': matches no"),
+        (['--scales=1e-6,much'], '--scales=1e-6,much: must be numbers above 0'),
+        (['--scales=0'], '--scales=0: must be numbers above 0'),
+        (['--config.perturbation.scale=0.0'], 'perturbation.scale=0.0: must be above 0, or give'),
+        (['--features=3'], '--features=3: must be a whole number of at least 4'),
+        (['--steps=1'], '--steps=1: must be a whole number of at least 2'),
+        (['--seeds=0'], '--seeds=0: must be a whole number of at least 1'),
+    ],
+)
+def test_what_cannot_be_predicted_is_one_line_and_nothing_is_written(
+    tmp_path, capsys, flags, message
+):
+    workdir = tmp_path / 'p'
+    assert predict.main(['predict', DIGITS, *flags, f'--workdir={workdir}']) == 2
+    output = capsys.readouterr()
+    assert output.err.startswith(f'error: {message}')
+    assert output.err.count('\n') == 1
+    assert not workdir.exists()
+
+
+def test_a_median_counts_never_as_later_than_any_step():
+    assert predict.median_onset([3, None, 5]) == 5
+    assert predict.median_onset([3, None, None]) is None
+    assert predict.median_onset([3, 5, 8, None]) == 6.5
+    assert predict.median_onset([3, 5, None, None]) is None
+
+
+def test_the_noise_is_what_the_run_adds_to_its_weights(tiny_config, tmp_path):
+    """Features in another order, the first in its place."""
+    tiny_config.num_steps, tiny_config.perturbation.scale = 1, 1e-5
+    tiny_config.optimizer.learning_rate = 0.0
+    tiny_config.model.name, tiny_config.model.init = 'mlp', 'averaging'
+    tiny_config.model.width = 20
+    tiny_config.perturbation.seed = 5
+    predictor = Predictor(tiny_config, data.load_of(tiny_config), 1, 4)
+    noise = predictor.noise(5)
+    train.train(tiny_config, tmp_path / 'run')
+    saved = records.read_json(tmp_path / 'run' / 'summary.json')
+    curves = predictor.linear(1e-5)
+    assert saved['asymmetry_by_stream'].keys() == curves.keys()
+    assert np.std(noise['head']['kernel']) == pytest.approx(1, rel=0.1)
+    # What is predicted is close to what it comes to, and never more.
+    for name, curve in curves.items():
+        assert 0.5 < np.exp(curve[-1]) / saved['asymmetry_by_stream'][name] < 1 + 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('shortcut', ['pre_relu', 'post_relu'])
+def test_onsets_are_those_of_the_runs(tmp_path, shortcut):
+    from configs import onset as onset_config
+
+    config = onset_config.get_config()
+    config.model.shortcut = shortcut
+    config.num_steps = 70
+    config.eval_every_steps = config.checkpoint_every_steps = 70
+    for scale in (1e-3, 1e-4):
+        config.perturbation.scale = scale
+        measured, predicted = [], []
+        for seed in range(3):
+            config.seed = config.perturbation.seed = seed
+            workdir = tmp_path / f'{scale}_{seed}'
+            train.train(config, workdir)
+            lines = records.read_metrics(workdir / 'metrics.jsonl')
+            lines = [line for line in lines if line['kind'] == 'train']
+            measured.append(next(x['step'] for x in lines if x['asymmetry'] >= 0.1))
+            predictor = Predictor(config, data.load_of(config), 70, 8)
+            curves = predictor.reduced(predictor.noise(seed), scale)
+            predicted.append(onset(np.max(list(curves.values()), axis=0)))
+        assert abs(np.median(measured) - np.median(predicted)) <= 3, (measured, predicted)

@@ -1,0 +1,246 @@
+"""What small noise on the initial weights will come to, told by small networks.
+
+Noise on symmetric weights acts on a feature of a stream only through sums: of a kernel's weights
+over all features that its other axes belong to. What is left of it, with sums of 0, is *passive*:
+it moves no activation and no gradient, and only the optimizer's decay moves it. The sums, one
+vector a feature, are *active*. While they are small, they obey one linear law for all features of
+the stream, that of the network with two features a stream (`symmetry.quotient`); and after some
+steps it hardly matters what they were but for one number, their product with the covector that
+grows fastest backwards in time. So, for the very noise of a run:
+
+    `sensitivities`     that covector for each stream, from the network of two features
+    `coordinates`       that number for each feature
+    `arranged`          an order of the features, and shares of them for a reduced network: alone
+                        are the first, and those that will deviate most from it
+    `two_features`      the first and the one furthest from it, to be pushed along the symmetric run
+                        by `stability.growth`: the linear prediction
+    `Follower`          the reduced network, trained as it is: through the kinks of ReLUs, where the
+                        linear law fails
+    `passive_deviations`, `persistence`   the rest, which is the larger part at first
+
+All work on any model whose train step can be had for any number of features, as a pure function
+(state, batch) -> state with a state (params, rest), see `zerojax.stability`.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from zerojax import symmetry
+from zerojax.measure.stability import State, Step, floats_of, merged, others_of
+from zerojax.step.determinism import jit_in_mode
+from zerojax.symmetry import alignment
+from zerojax.symmetry.orbits import feature_counts
+
+Tree = Any
+Streams = dict[str, np.ndarray]
+
+HORIZON = 50  # steps, over which the covectors are found
+ALONE = 3  # shares of one feature: the first, and those with the lowest and highest coordinate
+
+
+def sensitivities(
+    step: Step, state: State, batches: Sequence[Any], feature_axes: Tree
+) -> dict[str, Tree]:
+    """For each stream the covector of initial weights that decides what a deviation comes to.
+
+    After some steps all deviations of a stream's features are multiples of one vector; this says of
+    which size, but for a factor. Found backwards in time, from any vector after the last batch
+    (transposed of what `stability.growth` does); some tens of steps are enough.
+
+    Args:
+        step, state: of the network with two features a stream, symmetric.
+        batches: what the first steps are called with.
+        feature_axes: of the params.
+
+    Returns:
+        {stream: tree like the params, in NumPy arrays, of norm 1}.
+    """
+    forward = jit_in_mode(step, 'deterministic')
+    states = [state]
+    for batch in batches[:-1]:
+        states.append(forward(states[-1], batch))
+
+    def pull(state: State, covectors: Tree, batch: Any) -> Tree:
+        others = others_of(state)
+
+        def advance(floats: Tree) -> Tree:
+            return floats_of(step(merged(floats, others), batch))
+
+        _, transposed = jax.vjp(advance, floats_of(state))
+        (pulled,) = jax.vmap(transposed)(covectors)
+        norms = jax.vmap(optax.tree.norm)(pulled)
+        return jax.tree.map(lambda x: x / jnp.expand_dims(norms, range(1, x.ndim)), pulled)
+
+    streams = symmetry.stream_names(feature_axes)
+    floats = floats_of(state)
+    random = np.random.default_rng(0)
+    like = jax.tree.map(lambda x: random.normal(size=x.shape), floats[0])
+    of_each = [_of_stream(like, feature_axes, stream) for stream in streams]
+    start = jax.tree.map(lambda x: jnp.zeros((len(streams), *x.shape), x.dtype), floats)
+    covectors = (
+        jax.tree.map(lambda x, *each: jnp.asarray(each, x.dtype), start[0], *of_each),
+        start[1],
+    )
+    pull = jit_in_mode(pull, 'deterministic')
+    for state, batch in zip(reversed(states), reversed(batches), strict=True):
+        covectors = pull(state, covectors, batch)
+    found = jax.device_get(covectors[0])
+    return {stream: jax.tree.map(lambda x, i=i: x[i], found) for i, stream in enumerate(streams)}
+
+
+def _of_stream(tree: Tree, feature_axes: Tree, stream: str) -> Tree:
+    """The part that a single feature of the stream has: equal along all other named axes."""
+    parts = {}
+    for path, x, names in symmetry.named_axes(tree, feature_axes):
+        parts[path] = np.zeros_like(x)
+        for axis, name in names.items():
+            if name == stream:
+                sums = _over_others(x, axis, names)
+                parts[path] += sums - sums.mean(axis, keepdims=True)
+    return unflatten_dict(parts)
+
+
+def _over_others(x: np.ndarray, axis: int, names: dict[int, str]) -> np.ndarray:
+    """The mean over all named axes but one, float64, of length 1 along them."""
+    return x.mean(tuple(each for each in names if each != axis), np.float64, keepdims=True)
+
+
+def coordinates(noise: Tree, feature_axes: Tree, covectors: dict[str, Tree]) -> Streams:
+    """For each stream what each feature's deviation will come to, but for a factor: float64 [n].
+
+    Args:
+        noise: on all weights, like the large network's params.
+        covectors: of `sensitivities`.
+    """
+    found = {name: np.zeros(count) for name, count in feature_counts(noise, feature_axes).items()}
+    flat = {name: flatten_dict(tree) for name, tree in covectors.items()}
+    for path, x, names in symmetry.named_axes(jax.device_get(noise), feature_axes):
+        for axis, name in names.items():
+            others = tuple(each for each in names if each != axis)
+            weights = flat[name][path].sum(others, keepdims=True)
+            if weights.shape[axis] == 2:
+                terms = _over_others(x, axis, names) * np.diff(weights, axis=axis) / 2
+                found[name] += terms.sum(tuple(each for each in range(x.ndim) if each != axis))
+    return found
+
+
+def arranged(coordinates: Streams, m: int) -> tuple[alignment.Permutations, symmetry.Orbits]:
+    """An order of each stream's features, and shares of them for a reduced network of m.
+
+    The first feature stays first and is a share of its own, since deviations are measured from it.
+    So are those with the lowest and the highest coordinate, further from it first. The others are
+    divided evenly, neighbours in their coordinate together. Numbers of features in the shares
+    depend on nothing but m and the stream's number of features.
+
+    Raises:
+        ValueError: m is not above `ALONE`.
+    """
+    if m <= ALONE:
+        raise ValueError(f'm={m}: must be at least {ALONE + 1}')
+    permutations, first = {}, {}
+    for name, at in coordinates.items():
+        rest = 1 + np.argsort(at[1:], kind='stable')
+        ends = [rest[0], *rest[-1:]] if len(rest) > 1 else list(rest)
+        ends.sort(key=lambda d: -abs(at[d] - at[0]))
+        permutations[name] = np.array([0, *ends, *rest[1:-1]], np.int64)
+        rest_in_shares = np.array_split(np.arange(1 + len(ends), len(at)), m - ALONE)
+        alone = [np.array([i]) for i in range(1 + len(ends))]
+        shares = [share for share in [*alone, *rest_in_shares] if len(share)]
+        first[name] = np.concatenate([np.full(len(share), share[0]) for share in shares])
+    return permutations, symmetry.Orbits(first, entries={})
+
+
+def two_features(noise: Tree, feature_axes: Tree) -> Tree:
+    """The deviation of each stream's second feature from its first, active part only.
+
+    As tangents of the network with two features a stream: float64, [streams, ...] like its params.
+
+    A tangent for each stream, in the order of `symmetry.stream_names`: in one array two streams
+    would drown each other's digits once one has grown far beyond the other.
+    """
+    tangents = {}
+    streams = symmetry.stream_names(feature_axes)
+    for path, x, names in symmetry.named_axes(jax.device_get(noise), feature_axes):
+        shape = [min(n, 2) if axis in names else n for axis, n in enumerate(x.shape)]
+        of_each = {stream: np.zeros(shape) for stream in streams}
+        for axis, name in names.items():
+            if x.shape[axis] > 1:
+                both = _over_others(x, axis, names).take([0, 1], axis)
+                of_each[name] += both - both.mean(axis, keepdims=True)
+        tangents[path] = np.stack(list(of_each.values()))
+    return unflatten_dict(tangents)
+
+
+def passive_deviations(noise: Tree, feature_axes: Tree) -> dict[str, dict[str, float]]:
+    """{stream: {path of an array: largest deviation of its passive part from the first feature}}.
+
+    Only arrays of two named axes or more have such a part.
+    """
+    found: dict[str, dict[str, float]] = {name: {} for name in feature_counts(noise, feature_axes)}
+    for path, x, names in symmetry.named_axes(jax.device_get(noise), feature_axes):
+        if len(names) > 1:
+            part = x
+            for axis in names:
+                part = part - part.mean(axis, keepdims=True)
+            for axis, name in names.items():
+                size = float(np.max(np.abs(part - part.take([0], axis))))
+                key = '/'.join(path)
+                found[name][key] = max(found[name].get(key, 0.0), size)
+    return found
+
+
+def persistence(
+    tx: optax.GradientTransformation, params: Tree, num_steps: int
+) -> dict[str, np.ndarray]:
+    """{path: what is left of a passive deviation of 1 after 0, 1, ... steps, float64 [N + 1]}.
+
+    It has no gradient, so the optimizer alone acts on it.
+    """
+
+    def one(carry: Any, _: None) -> tuple[Any, Tree]:
+        left, opt_state = carry
+        updates, opt_state = tx.update(jax.tree.map(jnp.zeros_like, left), opt_state, left)
+        left = optax.apply_updates(left, updates)
+        return (left, opt_state), left
+
+    ones = jax.tree.map(lambda x: jnp.ones((), x.dtype), params)
+    run = jit_in_mode(
+        lambda: jax.lax.scan(one, (ones, tx.init(ones)), None, num_steps)[1], 'deterministic'
+    )
+    return {
+        path: np.concatenate([[1.0], np.asarray(left, np.float64)])
+        for path, left in flatten_dict(jax.device_get(run()), sep='/').items()
+    }
+
+
+class Follower:
+    """A reduced network's training, from one start or another.
+
+    Args:
+        step: the train step of the network whose features are the shares.
+        feature_axes: of its params, the large network's.
+    """
+
+    def __init__(self, step: Step, feature_axes: Tree) -> None:
+        def measure(params: Tree) -> dict[str, jax.Array]:
+            leaves = jax.tree.leaves(params)
+            finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in leaves]))
+            by_stream = symmetry.asymmetry_by_stream(params, feature_axes)
+            return {name: jnp.where(finite, x, jnp.nan) for name, x in by_stream.items()}
+
+        self._step = jit_in_mode(step, 'deterministic')
+        self._measure = jit_in_mode(measure, 'deterministic')
+
+    def follow(self, state: State, batches: Iterable[Any]) -> Iterator[dict[str, jax.Array]]:
+        """Each stream's asymmetry [] before the first step and after each; NaN once a weight is not
+        finite."""
+        yield self._measure(state[0])
+        for batch in batches:
+            state = self._step(state, batch)
+            yield self._measure(state[0])

@@ -1,0 +1,274 @@
+"""Predicts when a run begins to learn and which streams break, without training it.
+
+python -m zerojax.predict --config=configs/NAME.py[:VARIANT] [--config.FIELD=VALUE ...]
+                          [--scales=1e-8,1e-6] [--steps=N] [--features=8] [--seeds=5]
+                          [--workdir=DIR]
+
+For gaussian noise on the initial weights of a network whose features start equal. Small networks
+stand for the run's: one of two features a stream says how small noise grows (linear prediction),
+one of --features follows the run itself, through the kinks of ReLUs (reduced prediction). Both are
+of the very noise that the run would draw, and of its batches; the reduced one also of other seeds
+of the noise, --seeds in all, since onsets scatter. Training begins at the onset: the number of
+updates after which the asymmetry first is 0.1.
+
+--scales defaults to the config's perturbation.scale, --steps to the run's, but at most 400. The
+screen tells each stream's growth, and each scale's onsets; DIR/predict.json (default:
+runs/predict_NAME) has the curves, DIR/figures/predict.png shows them. Exit status: 0 success,
+whatever is predicted; 1 the symmetric run itself diverges; 2 a mistake in flags, config, data or
+workdir, or a run that this cannot predict.
+"""
+
+import math
+import pathlib
+import statistics
+import sys
+import time
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from zerojax import config as config_lib
+from zerojax.host import figures, manifest, records
+from zerojax.host.command import run_command
+from zerojax.host.errors import RunError, UsageError
+from zerojax.host.progress import Progress
+from zerojax.host.stop import raise_on_signals
+from zerojax.measure.prediction import ALONE
+from zerojax.run import cli, data
+from zerojax.run.prediction import (
+    ONSET,
+    Curves,
+    Predictor,
+    check_predictable,
+    largest,
+    onset,
+)
+
+MAX_STEPS = 400
+
+
+def parse_scales(text: str | None, config: ConfigDict) -> list[float]:
+    """The scales that --scales names, or the config's.
+
+    Raises:
+        UsageError: one is no number above 0.
+    """
+    if text is None:
+        scales = [config.perturbation.scale]
+        if scales[0] <= 0:
+            raise UsageError(
+                f'perturbation.scale={scales[0]}: must be above 0, or give --scales=1e-8,1e-6'
+            )
+        return scales
+    try:
+        scales = [float(each) for each in text.split(',')]
+    except ValueError:
+        scales = []
+    if not scales or not all(1e-37 <= each <= 1e37 for each in scales):
+        raise UsageError(f'--scales={text}: must be numbers above 0, such as 1e-8,1e-6')
+    return list(dict.fromkeys(scales))
+
+
+def median_onset(onsets: list[int | None]) -> float | None:
+    """None if the middle one is: such runs count as later than any other."""
+    middle = statistics.median(math.inf if each is None else each for each in onsets)
+    return None if math.isinf(middle) else middle
+
+
+def onset_records(scale: float, linear: Curves, reduced: list[Curves]) -> list[records.Record]:
+    """The onset of each stream, and with stream None that of the largest asymmetry."""
+    rows = []
+    for stream in (*linear, None):
+
+        def of(curves: Curves, stream: str | None = stream) -> np.ndarray:
+            return largest(curves) if stream is None else curves[stream]
+
+        seeds = [onset(of(curves)) for curves in reduced]
+        rows.append(
+            {
+                'scale': scale,
+                'stream': stream,
+                'linear': onset(of(linear)),
+                'reduced': median_onset(seeds),
+                'reduced_seeds': seeds,
+            }
+        )
+    return rows
+
+
+def growth_per_step(log_asymmetry: np.ndarray) -> float | None:
+    """Mean slope over the second half of the steps; None where there is no asymmetry."""
+    half = len(log_asymmetry) // 2
+    slope = (log_asymmetry[-1] - log_asymmetry[half]) / (len(log_asymmetry) - 1 - half)
+    return float(slope) if math.isfinite(slope) else None
+
+
+def in_log10(curves: Curves) -> dict[str, list[float | None]]:
+    """In logarithms to base 10, None where there is no finite number."""
+    return {
+        name: [float(x) / math.log(10) if math.isfinite(x) else None for x in curve]
+        for name, curve in curves.items()
+    }
+
+
+def cost_lines(
+    predictor: Predictor, operations: dict[str, float], features: int, runs: int
+) -> list[str]:
+    """What the prediction and the runs that it stands for cost."""
+    config, steps = predictor.config, predictor.steps
+    # The linear part's steps take about two of the reduced network's each.
+    seconds = predictor.seconds_per_step() * steps * (runs + 2)
+    return [
+        f'{config.model.name} on {config.dataset.name}, {steps} of {config.num_steps} steps; '
+        f'{runs} run{"s" if runs > 1 else ""} with gaussian noise on the initial weights',
+        f'operations a step: {operations["full"]:.2g}; of a reduced network of {features} features '
+        f'a stream {operations["reduced"]:.2g}',
+        f'this takes about {seconds:.0f} s; the runs themselves take '
+        f'{runs * steps * operations["full"]:.2g} operations',
+    ]
+
+
+def predict(
+    predictor: Predictor, scales: list[float], features: int, seeds: int
+) -> tuple[records.Record, dict[float, tuple[Curves, list[Curves]]]]:
+    """What predict.json holds, and {scale: (linear, reduced of each seed)}.
+
+    Raises:
+        RunError: the symmetric run itself diverges.
+    """
+    began = time.monotonic()
+    operations = predictor.operations()
+    for line in cost_lines(predictor, operations, features, len(scales) * seeds):
+        print(line, flush=True)
+    try:
+        active = predictor.active()
+    except ValueError as error:
+        raise RunError(f'the symmetric run itself: {error}') from error
+    first = predictor.config.perturbation.seed
+    curves = {}
+    with Progress(len(scales) * seeds * predictor.steps) as progress:
+        noises = [predictor.noise(first + i) for i in range(seeds)]
+        for scale in scales:
+            reduced = [predictor.reduced(noise, scale, progress.advance) for noise in noises]
+            curves[scale] = predictor.linear(scale), reduced
+    found: records.Record = {
+        'streams': {
+            name: {'features': count, 'growth': growth_per_step(active[name])}
+            for name, count in predictor.features.items()
+        },
+        'onsets': [row for scale in scales for row in onset_records(scale, *curves[scale])],
+        'curves': {str(scale): in_log10(reduced[0]) for scale, (_, reduced) in curves.items()},
+        'linear_curves': {str(scale): in_log10(linear) for scale, (linear, _) in curves.items()},
+        'operations': operations,
+        'steps': predictor.steps,
+        'seconds': round(time.monotonic() - began, 1),
+    }
+    return found, curves
+
+
+def screen(found: records.Record) -> list[str]:
+    """The prediction as lines of at most 100 columns."""
+    row = '{:<14}{:>9}{:>14}  {}'
+    lines = ['', row.format('stream', 'features', 'growth a step', 'small asymmetry')]
+    for name, stream in found['streams'].items():
+        growth = stream['growth']
+        lines.append(
+            row.format(
+                name[-14:],
+                stream['features'],
+                '-' if growth is None else f'{growth:+.4f}',
+                fate(growth),
+            )
+        )
+    row = '{:<10}{:<14}{:>8}{:>10}  {}'
+    lines += ['', f'onset: the step at which the asymmetry is {ONSET:g}']
+    lines += [row.format('scale', 'stream', 'linear', 'reduced', 'reduced, by seed of the noise')]
+    for each in found['onsets']:
+        lines.append(
+            row.format(
+                f'{each["scale"]:g}',
+                'any' if each['stream'] is None else each['stream'][-14:],
+                shown(each['linear']),
+                shown(each['reduced']),
+                ', '.join(shown(onset) for onset in each['reduced_seeds']),
+            )
+        )
+    return [line[:100].rstrip() for line in lines]
+
+
+def fate(growth: float | None) -> str:
+    """What becomes of small asymmetry that grows so much a step."""
+    if growth is None:
+        return 'none'
+    if growth <= 0:
+        return 'dies'
+    return f'grows, twice as large every {math.log(2) / growth:.0f} steps'
+
+
+def shown(onset: float | None) -> str:
+    return 'never' if onset is None else f'{onset:g}'
+
+
+def draw(curves: dict[float, tuple[Curves, list[Curves]]], seeds: int, path: pathlib.Path) -> None:
+    """A panel a scale: each stream's asymmetry against the step, reduced and linear prediction."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(len(curves), 3)
+    rows = -(-len(curves) // columns)
+    figure = Figure(figsize=(5 * columns + 1.5, 4 * rows), layout='constrained')
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True)
+    for axes in panels.ravel()[len(curves) :]:
+        axes.set_axis_off()
+    for axes, (scale, (linear, reduced)) in zip(panels.flat, curves.items(), strict=False):
+        for i, name in enumerate(linear):
+            color = f'C{i}'
+            for of_seed in reduced[1:]:
+                axes.plot(np.exp(of_seed[name]), color=color, lw=0.7, alpha=0.4)
+            axes.plot(np.exp(reduced[0][name]), color=color, lw=1.8, label=name)
+            small = np.where(linear[name] < 0, linear[name], np.nan)
+            axes.plot(np.exp(small), '--', color=color, lw=1.2)
+        axes.axhline(ONSET, color='0.5', lw=0.8)
+        axes.set(yscale='log', xlabel='step', ylabel='asymmetry', title=f'noise of {scale:g}')
+        axes.grid(alpha=0.3)
+    others = f', thin: {seeds - 1} other seeds of the noise' if seeds > 1 else ''
+    figure.legend(
+        *panels[0, 0].get_legend_handles_labels(),
+        loc='outside lower center',
+        ncols=4,
+        frameon=False,
+        title=f'line: reduced network{others}; dashes: linear prediction; grey: onset',
+    )
+    figures.save_png(figure, path)
+
+
+def run(argv: list[str]) -> None:
+    """The command; `argv` are the program's name and the flags."""
+    values = cli.text_flags(scales=None, steps=str(MAX_STEPS), features='8', seeds='5')
+    config, workdir = cli.parse_flags(argv, values, workdir='runs/predict_NAME')
+    steps = cli.count(values, 'steps', least=2)
+    features = cli.count(values, 'features', least=ALONE + 1)
+    seeds = cli.count(values, 'seeds', least=1)
+    scales = parse_scales(values.scales, config)
+    check_predictable(config)
+    predictor = Predictor(config, data.load_of(config), steps, features)
+    cli.make_folder(workdir)
+    found, curves = predict(predictor, scales, features, seeds)
+    for line in screen(found):
+        print(line)
+    draw(curves, seeds, workdir / 'figures' / 'predict.png')
+    records.write_json(
+        workdir / 'predict.json',
+        {**manifest.environment(), 'config': config_lib.as_json(config), **found},
+    )
+    print(f'\n{workdir}/predict.json, figures/predict.png')
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command line `argv` (with the program's name); returns the exit status."""
+    return run_command(run, argv, __doc__, raise_on_signals)
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv))
