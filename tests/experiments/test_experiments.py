@@ -4,10 +4,11 @@ import csv
 import json
 import pathlib
 
+import jax
 import pytest
 from ml_collections import ConfigDict
 
-from experiments import arms, leakynet, lottery, runs, signal, unique_features
+from experiments import arms, leakynet, lottery, runs, signal, streams, unique_features
 from zerojax import sweep
 from zerojax.host.errors import UsageError
 
@@ -169,3 +170,18 @@ def test_flags_and_what_stands_for_those_not_given(monkeypatch, tmp_path):
     assert str(all_given.workdir) == 'w'
     assert all_given.command == ' '.join(['python -m experiments.arms', *given])
     assert (changed.config.batch_size, changed.config.dataset.name) == (7, 'digits')
+
+
+def test_each_subset_of_streams_is_broken_and_no_other(experiment):
+    config = experiment.config
+    config.model.name, config.model.init, config.model.width = 'mlp', 'averaging', 8
+    with jax.numpy_dtype_promotion('standard'):  # optax's schedule mixes int32 and float
+        streams.run(experiment)
+    with open(experiment.workdir / 'table.csv') as file:
+        rows = list(csv.DictReader(file))
+    assert [(row['perturbed streams'], row['streams that broke']) for row in rows] == [
+        ('none', 'none'), ('hidden', 'hidden'),
+    ]  # fmt: skip
+    assert rows[0]['growth a step'] == '-'
+    assert float(rows[1]['growth a step']) != 0
+    assert streams.subsets(['a', 'b']) == [(), ('a',), ('b',), ('a', 'b')]
