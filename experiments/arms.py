@@ -38,6 +38,13 @@ def arms() -> dict[str, dict[str, object]]:
             **deterministic,
             'symmetry.project': True,
         },
+        # Stands for a GPU's atomics where there is no GPU.
+        'ConstNet, emulated order of additions': {
+            **SYMMETRIC,
+            **deterministic,
+            'perturbation.kind': 'order',
+            'perturbation.scale': 0.0,
+        },
         'random control': {**other, 'model.init': 'random'},
         'He': {**other, 'model.init': 'he'},
         'Delta-Orthogonal': {**other, 'model.init': 'delta_orthogonal'},

@@ -4,12 +4,13 @@
 
 Audits the config's step in mode 'hardware', then trains without any perturbation in both modes, and
 in mode 'deterministic' with relative noise on the gradients in each step, as large as the audit
-found it; each as it is and projected onto the symmetric subspace after each step. Where the audit
-observes no noise (on CPUs), the injected noise is that of one rounding, 2^-24, and the table says
-so. 3 seeds, in five minutes on two CPU cores. See `experiments.runs` for flags and restarts.
+found it, and with the sums of the gradients added in a random order, which emulates a GPU's atomics
+where there is none; each as it is and projected onto the symmetric subspace after each step. Where
+the audit observes no noise (on CPUs), the injected noise is that of one rounding, 2^-24, and the
+table says so. 3 seeds, in ten minutes on two CPU cores. See `experiments.runs` for flags and
+restarts.
 """
 
-import dataclasses
 import sys
 
 import numpy as np
@@ -70,25 +71,26 @@ def draw(experiment: runs.Experiment, found: dict[str, list[Trajectory]]) -> Non
     runs.save_figure(experiment, figure)
 
 
+def arms(floor: float) -> dict[str, tuple[str, Perturbation, str]]:
+    """Name of each arm: its mode, its perturbation, and the noise in each of its steps."""
+    name, size = ('the floor', floor) if floor else ('one rounding', ROUNDING)
+    found = {
+        'hardware': ('hardware', NONE, shown_size(floor)),
+        'deterministic': ('deterministic', NONE, shown_size(0)),
+        'emulated order of additions': ('deterministic', Perturbation('order'), 'of rounding'),
+    }
+    for label, scale in ((name, size), (f'1000 times {name}', 1000 * size)):
+        injected = Perturbation('gradient', scale)
+        found[f'injected, {label}'] = ('deterministic', injected, shown_size(scale))
+    return found
+
+
 def run(experiment: runs.Experiment) -> None:
     floor, verdict = noise_floor(experiment)
     for sentence in verdict:
         print(f'audit: {sentence}', flush=True)
-    size = floor or ROUNDING
-    name = 'the floor' if floor else 'one rounding'
-    injected = Perturbation('gradient', size)
-    arms: dict[str, tuple[str, Perturbation]] = {
-        'hardware': ('hardware', NONE),
-        'deterministic': ('deterministic', NONE),
-        f'injected, {name}': ('deterministic', injected),
-        f'injected, 1000 times {name}': (
-            'deterministic',
-            dataclasses.replace(injected, scale=1000 * size),
-        ),
-    }
     found, rows = {}, []
-    for arm, (mode, perturbation) in arms.items():
-        noise = floor if mode == 'hardware' else float(perturbation.scale)
+    for arm, (mode, perturbation, noise) in arms(floor).items():
         for project in (False, True):
             label = f'{arm}, projected' if project else arm
             config = runs.changed(
@@ -101,7 +103,7 @@ def run(experiment: runs.Experiment) -> None:
             rows.append(
                 {
                     'arm': label,
-                    'noise in each step': f'{noise:.1e}' if noise else 'none',
+                    'noise in each step': noise,
                     'n': experiment.seeds,
                     'broken at step': shown([each.broken_at_step for each in its_runs]),
                     'step of onset': shown([each.onset() for each in its_runs]),
@@ -113,6 +115,10 @@ def run(experiment: runs.Experiment) -> None:
             )
     draw(experiment, found)
     runs.write_table(experiment, rows)
+
+
+def shown_size(noise: float) -> str:
+    return f'{noise:.1e}' if noise else 'none'
 
 
 def shown(steps: list[int | None]) -> str:

@@ -3,7 +3,7 @@
     python -m experiments.sources
 
 All layers together at several scales of each kind; then a single weight, and noise on the weights,
-of one parameter at a time; both places of the shortcut. 170 runs of 300 steps, 15 minutes on two
+of one parameter at a time; both places of the shortcut. 172 runs of 300 steps, 15 minutes on two
 CPU cores with one seed. See `experiments.runs` for flags and restarts.
 """
 
@@ -17,14 +17,14 @@ from matplotlib.patches import Rectangle
 
 from experiments import runs
 from experiments.trajectories import Laboratory
-from zerojax.perturb import Perturbation
+from zerojax.perturb import ORDER_GROUPS, Perturbation
 
 SHORTCUTS = ('pre_relu', 'post_relu')
 VIRIDIS = colormaps['viridis']
 
 
 def all_layers() -> dict[str, list[tuple[float, Perturbation]]]:
-    """Name of each source: (scale or count, perturbation) along its axis."""
+    """Name of each source: (scale, count or number of groups, perturbation) along its axis."""
 
     def at(kind: str, scales: tuple[float, ...], **fields: Any) -> list[tuple[float, Perturbation]]:
         return [(scale, Perturbation(kind, scale, **fields)) for scale in scales]
@@ -38,6 +38,7 @@ def all_layers() -> dict[str, list[tuple[float, Perturbation]]]:
         'one weight': at('one_weight', (1e-6, 1e-4, 1e-2, 1.0)),
         'ulp, by count': counts('ulp', 0.0, (1, 10, 100, 1000)),
         'unequal init 0.01, by count': counts('unequal_init', 1e-2, (1, 2, 4, 16)),
+        'order of additions, each step': [(ORDER_GROUPS, Perturbation('order'))],
         'gradient, each step': at('gradient', (1e-8, 1e-6, 1e-4, 1e-2)),
         'activation, each step': at('activation', (1e-8, 1e-6, 1e-4, 1e-2)),
         'activation, once': at('activation', (1e-8, 1e-6, 1e-4, 1e-2), every=0),

@@ -587,6 +587,7 @@ def test_what_is_frozen_is_not_perturbed_and_the_rest_as_if_nothing_were(kind, l
     'p,message',
     [
         (Perturbation('dropout', 0.1), "kind='dropout': acts on outputs"),
+        (Perturbation('order'), "kind='order': acts within layers; use reordered_sums"),
         (Perturbation('gaussian', 0.1), 'at_step=0: the initial weights come before'),
     ],
 )
@@ -608,6 +609,8 @@ def test_what_a_chain_cannot_do_is_refused(p, message):
         ('backward', {'kind': 'gradient', 'backward': True}), ('streams', {'streams': 'stem'}),
         ('streams', {'streams': ['stem']}), ('streams', {'streams': (1,)}),
         ('streams', {'kind': 'ulp', 'streams': ('stem',)}),
+        ('streams', {'kind': 'order', 'streams': ('stem',)}),
+        ('scale', {'kind': 'order', 'scale': 0.1}), ('count', {'kind': 'order', 'count': 2}),
         ('strength', {'kind': 'disout', 'strength': -0.1}),
         ('strength', {'kind': 'gaussian', 'strength': 0.05}),
     ],

@@ -53,7 +53,8 @@ class Fake:
                 self.simulate(config, build_perturbation(config), workdir)
 
     def simulate(self, config, p, workdir):
-        starts = p.kind == 'ulp' or (p.kind != 'none' and math.log10(p.scale) >= self.floor)
+        has_scale = p.kind not in ('none', 'ulp', 'order')
+        starts = p.kind != 'none' and not (has_scale and math.log10(p.scale) < self.floor)
         asymmetry = np.zeros(config.num_steps)
         if starts and not config.symmetry.project:
             asymmetry[p.at_step :] = np.geomspace(1e-3, 1, config.num_steps - p.at_step)
@@ -193,7 +194,7 @@ def test_sources(experiment, fake):
     everywhere = [row for row in rows if row['parameters'] == 'all']
     assert len(everywhere) == 2 * sum(len(axis) for axis in sources.all_layers().values())
     for row in everywhere:
-        by_scale = 'count' not in row['source']
+        by_scale = not any(word in row['source'] for word in ('count', 'order'))
         started = not by_scale or float(row['scale or count']) >= 1e-7
         assert row['step of onset'] == ('4, 4' if started else 'never, never'), row
     alone = {row['parameters'] for row in rows if row['source'] == 'one weight, 0.01'}
@@ -208,10 +209,10 @@ def test_hardware(toy_config, experiment, fake):
     hardware.run(experiment)
     rows = {row['arm']: row for row in table(experiment)}
     assert [row['noise in each step'] for row in rows.values()] == (
-        ['none'] * 4 + ['6.0e-08'] * 2 + ['6.0e-05'] * 2
+        ['none'] * 4 + ['of rounding'] * 2 + ['6.0e-08'] * 2 + ['6.0e-05'] * 2
     )
     for arm, row in rows.items():
-        starts = arm.startswith('injected') and 'projected' not in arm
+        starts = arm.startswith(('injected', 'emulated')) and 'projected' not in arm
         assert row['step of onset'] == ('4, 4' if starts else 'never, never')
     modes = {config.determinism.mode for config, p, _ in fake.simulated if p.kind == 'none'}
     assert modes == {'hardware', 'deterministic'}

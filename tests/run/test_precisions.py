@@ -39,6 +39,7 @@ PERTURBATIONS = {
     'ulp': {'scale': 0.0, 'count': 3},
     'unequal_init': {'count': 3},
     'gradient': {},
+    'order': {'scale': 0.0},
     'activation': {},
     'activation, backward': {'backward': True},
     'dropout': {},
@@ -50,7 +51,7 @@ FIELDS = (
         {'perturbation': {'kind': kind.split(',')[0], 'scale': 0.1, **more}, 'model': network}
         for kind, more in PERTURBATIONS.items()
         for network in (NETWORKS['mlp'], NETWORKS['constnet'])
-        if kind.split(',')[0] in perturb.OUTPUT_KINDS or network is NETWORKS['mlp']
+        if kind.split(',')[0] in perturb.LAYER_KINDS or network is NETWORKS['mlp']
     ]
     + [{'dataset': {'augment': True}}, {'dataset': {'cutout': 3}}, {'dataset': {'mixup': 0.5}}]
     + [{'optimizer': {'name': 'radam', 'momentum': 0.9}}, {'optimizer': {'nesterov': True}}]

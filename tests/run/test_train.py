@@ -380,6 +380,14 @@ def test_a_lottery_ticket_is_pruned_rewound_and_stays_pruned(tiny_config, tmp_pa
             {'perturbation.kind': 'dropout', 'perturbation.layers': 'head'},
             r"perturbation\.layers='head': matches no layer .* kernels are block1_0/conv/kernel",
         ),
+        (
+            {
+                'perturbation.kind': 'order',
+                'perturbation.scale': 0.0,
+                'perturbation.layers': 'head/bias',
+            },
+            r"perturbation\.layers='head/bias': matches no kernel; they are block1_0/conv/kernel",
+        ),
     ],
 )
 def test_what_cannot_be_pruned_or_frozen_is_refused(dense, tiny_config, tmp_path, change, message):

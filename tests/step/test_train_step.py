@@ -60,7 +60,7 @@ def unperturbed_bits(network):
         {'kind': 'ulp', 'count': 500}, {'kind': 'unequal_init', 'scale': 1e-3, 'count': 2},
         {'kind': 'gradient', 'scale': 1e-6}, {'kind': 'activation', 'scale': 1e-6},
         {'kind': 'activation', 'scale': 1e-6, 'backward': True},
-        {'kind': 'dropout', 'scale': 0.1},
+        {'kind': 'dropout', 'scale': 0.1}, {'kind': 'order'},
         pytest.param({'kind': 'disout', 'scale': 0.1}, marks=pytest.mark.slow),
     ],
     ids=lambda arguments: '-'.join(map(str, arguments.values())),

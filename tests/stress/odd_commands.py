@@ -26,9 +26,10 @@ ODD_TEXTS = (
     'constnet', 'leakynet', 'mlp', 'wideresnet', 'averaging', 'random', 'he', 'hadamard', 'fixup',
     'delta_orthogonal', '1_iiii_iiii_iiii', '1iii', 'hhhh', 'kaka', 'direct', 'patches', 'pre_relu',
     'bfloat16', 'float64', 'float16', 'hardware', 'deterministic', 'gaussian', 'one_weight', 'ulp',
-    'gradient', 'activation', 'dropout', 'disout', 'unequal_init', 'sgd', 'radam', 'digits',
-    'cifar10', 'svhn_cropped', 'imagenet_resized/32x32', 'imagenet', 'train', 'test', 'train[:8]',
-    'train[:0]', 'train[', 'train+test', 'all', 'magnitude', 'stem', 'block1_0/.*', 'nowhere',
+    'gradient', 'order', 'activation', 'dropout', 'disout', 'unequal_init', 'sgd', 'radam',
+    'digits', 'cifar10', 'svhn_cropped', 'imagenet_resized/32x32', 'imagenet', 'train', 'test',
+    'train[:8]', 'train[:0]', 'train[', 'train+test', 'all', 'magnitude', 'stem', 'block1_0/.*',
+    'nowhere',
 )  # fmt: skip
 ODD_VALUES = (
     None, True, False, 0, 1, 2, 3, 7, 10, 16, 1000, -1, 2**20, 2**31 - 1, 2**31, 2**63, 10**30,
@@ -75,7 +76,7 @@ LIKELY_TEXTS = {
     'perturbation.backward': 'true',
     'perturbation.count': '1 2 100 2147483647',
     'perturbation.every': '0 1 100',
-    'perturbation.kind': 'none gaussian one_weight ulp unequal_init gradient activation disout',
+    'perturbation.kind': 'none gaussian ulp unequal_init gradient order activation disout',
     'perturbation.layers': '.*bias stem block1_0 hidden/kernel head [',
     'perturbation.relative': 'true',
     'perturbation.scale': '0 0.5 1.0 1e30',

@@ -1,7 +1,7 @@
 """The toy: one hidden layer, whose number of unique features is chosen."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import flax.linen as nn
 import jax
@@ -43,7 +43,7 @@ class MLP(nn.Module):
         head = nn.Dense(self.num_classes, kernel_init=zeros, precision=self.precision, name='head')
         return head(nn.relu(hidden))
 
-    def with_features(self, counts: Mapping[str, int]) -> 'MLP':
+    def with_features(self, counts: Mapping[str, int]) -> Self:
         """As `StagedNetwork.with_features`; unless given weights, all its features are unique."""
         return self.clone(width=counts['hidden'], unique_features=None)
 

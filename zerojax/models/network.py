@@ -6,7 +6,7 @@ Shapes are written as suffixes: B batch, H and W space, C channels, N classes.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import flax.linen as nn
 import jax
@@ -68,7 +68,7 @@ class StagedNetwork(nn.Module):
         self.feature_counts = FrozenDict(self.feature_counts)  # modules must be hashable
         super().__post_init__()
 
-    def with_features(self, counts: Mapping[str, int]) -> 'StagedNetwork':
+    def with_features(self, counts: Mapping[str, int]) -> Self:
         """The same network with these numbers of features, {axis name: number}."""
         return self.clone(feature_counts=counts)
 

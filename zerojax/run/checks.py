@@ -142,6 +142,11 @@ def check_layers(config: ConfigDict, params: Tree, feature_axes: Tree) -> None:
                 f'chooses puts out features of these, but of {", ".join(map(str, there))}; choose '
                 'others in one of the two'
             )
+    if config.perturbation.kind == 'order' and not perturb.ordered_kernels(params, layers):
+        raise UsageError(
+            f'perturbation.layers={layers!r}: matches no kernel; '
+            f'they are {", ".join(perturb.ordered_kernels(params, ".*"))}'
+        )
     for field, pattern in patterns.items():
         if not perturb.chosen(params, pattern):
             raise UsageError(

@@ -74,10 +74,18 @@ class Predictor:
             self._follower = prediction.Follower(self._reduced.step, self._axes)
             self._batches = self._sources(self._program)
             halves = quotient.shares(self.features, 2)
-            self._pair = Reduction(self._program, halves)
+            self._pair = Reduction(self._pair_program(), halves)
             self._pair_start = self._pair.state(
                 quotient.reduce(params, self._axes, halves), config.seed
             )
+
+    def _pair_program(self) -> Program:
+        """In float32 at least: what is linear has no rounding of its own that matters."""
+        config = ConfigDict(self.config.to_dict())
+        config.model.dtype = None
+        if config.param_dtype == 'bfloat16':
+            config.param_dtype = 'float32'
+        return Program(config, self._program.dataset)
 
     @functools.cached_property
     def _sensitivities(self) -> dict[str, Tree]:

@@ -77,11 +77,15 @@ def train_step_function(
 
         def perturbed_loss_function(params: Tree) -> tuple[jax.Array, tuple[jax.Array, Tree]]:
             key = jax.random.fold_in(noise_key, state.step)
-            with perturb.perturbed_outputs(perturbation, feature_axes['params'], key):
+            if perturbation.kind == 'order':
+                acting = perturb.reordered_sums(perturbation, params, key)
+            else:
+                acting = perturb.perturbed_outputs(perturbation, feature_axes['params'], key)
+            with acting:
                 return loss_function(params)
 
         gradient = jax.value_and_grad(loss_function, has_aux=True)
-        if perturbation.kind in perturb.OUTPUT_KINDS:
+        if perturbation.kind in perturb.LAYER_KINDS:
             # Two whole programs, so that the arithmetic of steps without it is the ordinary one.
             gradient = functools.partial(
                 jax.lax.cond,
