@@ -258,7 +258,8 @@ def test_a_seed_that_never_starts_is_drawn_as_such(experiment):
     _, axes = runs.new_figure(1, 1)
     never = Trajectory(np.ones(STEPS), np.zeros(STEPS), 0.1, None)
     found = {'num_steps': STEPS, 'measured': {1e-30: [never], 1e-6: [never]}, 'one_sided': [{}]}
-    onset.draw_onsets(axes, found | {'linear': [np.full(STEPS + 1, -100.0)]})
+    low = np.full(STEPS + 1, -100.0)
+    onset.draw_onsets(axes, found | {'linear': [low], 'reduced': [{1e-30: low, 1e-6: low}]})
     dots, crosses = axes.lines[:2]
     assert len(dots.get_xdata()) == 0
     assert list(crosses.get_xdata()) == [1e-30, 1e-6]
