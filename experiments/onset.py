@@ -234,9 +234,9 @@ def draw_onsets(axes: Any, found: dict[str, Any]) -> None:
         fine = np.logspace(-30, -1, 300)
         linear = [predicted_onset(found['linear'][seed], scale) for scale in fine]
         axes.plot(fine, [np.nan if x is None else x for x in linear], '-', color=color, lw=1.2)
-        reduced = [prediction.onset(log) for log in found['reduced'][seed].values()]
-        onsets = [np.nan if x is None else x for x in reduced]
-        axes.plot(list(found['reduced'][seed]), onsets, ':', color=color, lw=2)
+        reduced = {scale: prediction.onset(log) for scale, log in found['reduced'][seed].items()}
+        begins = [np.nan if x is None else x for x in reduced.values()]
+        axes.plot(list(reduced), begins, ':', color=color, lw=2)
         for log in list(found['one_sided'][seed].values())[-1:]:
             onset = predicted_onset(log - math.log(TINY), TINY)
             axes.plot(fine, [np.nan if onset is None else onset] * len(fine), '--', color=color)
