@@ -31,8 +31,8 @@ def environment(devices):
     return os.environ | {'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'}
 
 
-def command(*arguments, module='main'):
-    return [sys.executable, '-m', f'zerojax.{module}', *map(str, arguments)]
+def command(*arguments, module='main', program=None):
+    return [sys.executable, *(program or ['-m', f'zerojax.{module}']), *map(str, arguments)]
 
 
 def run(devices, *arguments, module='main'):
@@ -108,7 +108,7 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def start_two(workdir, *flags, module='main', share=2):
+def start_two(workdir, *flags, module='main', program=None, share=2):
     address = f'127.0.0.1:{free_port()}'
     toy = [
         '--config.model.name=mlp', '--config.model.width=32', '--config.model.convolution=direct'
@@ -117,7 +117,8 @@ def start_two(workdir, *flags, module='main', share=2):
     return [
         subprocess.Popen(
             command(
-                *shared, f'--distributed={address},2,{i}', '--distributed_timeout=60', module=module
+                *shared, f'--distributed={address},2,{i}', '--distributed_timeout=60',
+                module=module, program=program,
             ),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(1), cwd=ROOT,
         )
@@ -192,6 +193,24 @@ def test_two_processes_share_the_runs_of_a_sweep(tmp_path):
     errors = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [2, 2]
     assert '--runs_at_once=2: must divide the number of unfinished runs' in errors[0]
+
+
+# The first draws for 8 seconds; whoever waits at the exit may wait for 3.
+SLOW_TO_DRAW = """
+import sys, time
+from zerojax import main
+from zerojax.host import distributed, figures
+distributed.END_TIMEOUT = 3
+draw = figures.draw_run
+figures.draw_run = lambda *arguments: (time.sleep(8), draw(*arguments))
+sys.exit(main.main(['main', *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.slow
+def test_the_others_wait_while_the_first_alone_still_writes(tmp_path):
+    finish(start_two(tmp_path, '--config.num_steps=4', program=['-c', SLOW_TO_DRAW]))
+    assert (tmp_path / 'figures' / 'run.png').exists()
 
 
 @pytest.mark.slow

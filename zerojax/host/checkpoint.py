@@ -62,7 +62,7 @@ def move_aside(directory: pathlib.Path, step: int) -> pathlib.Path:
                 shutil.rmtree(aside)
             aside.parent.mkdir(exist_ok=True)
             (directory / str(step)).rename(aside)
-    distributed.largest(0)  # until it is done
+    distributed.wait_for_all()
     return aside
 
 
@@ -139,7 +139,7 @@ class Checkpoints:
                 raise RunError(
                     f'{names}: damaged metadata; move that away to use the others'
                 ) from error
-            distributed.largest(0)  # until all processes have looked
+            distributed.wait_for_all()  # all have looked
             for step in damaged:
                 self.moved[step] = move_aside(directory, step)
             self._checkpointer = open_all()

@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from zerojax.host.errors import UsageError
 
 TIMEOUT = 300  # seconds in which all processes must have come
+END_TIMEOUT = 60  # seconds in which all must leave, after which JAX aborts those that have not
 
 
 def start(where: str, timeout: int = TIMEOUT) -> None:
@@ -63,7 +64,7 @@ def start(where: str, timeout: int = TIMEOUT) -> None:
     watch.start()
     try:
         jax.distributed.initialize(
-            **arguments, initialization_timeout=timeout + 60, shutdown_timeout_seconds=60
+            **arguments, initialization_timeout=timeout + 60, shutdown_timeout_seconds=END_TIMEOUT
         )
     except (RuntimeError, ValueError) as error:
         raise UsageError(f'--distributed={where}: {str(error).splitlines()[0]}') from error
@@ -81,6 +82,11 @@ def largest(value: int) -> int:
     if jax.process_count() == 1:
         return value
     return int(np.max(multihost_utils.process_allgather(np.int32(value))))
+
+
+def wait_for_all() -> None:
+    """Returns once all processes have called it, however long that takes."""
+    largest(0)
 
 
 def agree(error: Exception | None) -> None:

@@ -105,7 +105,9 @@ def train_runs(
         recorders.begin(step, facts, stack)
 
         state = _loop(program, state, step, scalars, recorders, progress, stop)
-        return recorders.finish(state)
+        results = recorders.finish(state)
+    distributed.wait_for_all()  # the first alone draws and closes its files
+    return results
 
 
 def _loop(
