@@ -138,10 +138,6 @@ def steps_on_kinks(counted: list[dict[str, list[int]]]) -> int:
     return len(counted)
 
 
-def predicted_onset(log_asymmetry: np.ndarray, scale: float) -> int | None:
-    return stability.predict_onset(log_asymmetry, scale, ONSET)
-
-
 def measure(experiment: runs.Experiment, shortcut: str) -> dict[str, Any]:
     """All runs and predictions of one place of the shortcut."""
     config = runs.changed(experiment.config, **{'model.shortcut': shortcut})
@@ -175,7 +171,8 @@ def rows_of(shortcut: str, found: dict[str, Any]) -> list[dict[str, Any]]:
     for scale, its_runs in found['measured'].items():
         one_sided = [
             '/'.join(
-                listed([predicted_onset(log - math.log(TINY), TINY)]) for log in by_steps.values()
+                listed([stability.predict_onset(log - math.log(TINY), TINY)])
+                for log in by_steps.values()
             )
             for by_steps in found['one_sided']
         ]
@@ -185,9 +182,11 @@ def rows_of(shortcut: str, found: dict[str, Any]) -> list[dict[str, Any]]:
                 'scale': f'{scale:.0e}',
                 'n': len(its_runs),
                 'onset': listed([each.onset() for each in its_runs]),
-                'predicted, linear': listed([predicted_onset(x, scale) for x in found['linear']]),
+                'predicted, linear': listed(
+                    [stability.predict_onset(x, scale) for x in found['linear']]
+                ),
                 'predicted, reduced': listed(
-                    [prediction.onset(by_scale[scale]) for by_scale in found['reduced']]
+                    [stability.predict_onset(by_scale[scale]) for by_scale in found['reduced']]
                 ),
                 'predicted, one-sided': ', '.join(each or '-' for each in one_sided),
                 'last asymmetry': f'{max(each.asymmetry[-1] for each in its_runs):.1e}',
@@ -232,13 +231,15 @@ def draw_onsets(axes: Any, found: dict[str, Any]) -> None:
         never = [scale for scale, onset in points if onset is None]
         axes.plot(never, [height] * len(never), 'x', color=color, ms=5)
         fine = np.logspace(-30, -1, 300)
-        linear = [predicted_onset(found['linear'][seed], scale) for scale in fine]
+        linear = [stability.predict_onset(found['linear'][seed], scale) for scale in fine]
         axes.plot(fine, [np.nan if x is None else x for x in linear], '-', color=color, lw=1.2)
-        reduced = {scale: prediction.onset(log) for scale, log in found['reduced'][seed].items()}
+        reduced = {
+            scale: stability.predict_onset(log) for scale, log in found['reduced'][seed].items()
+        }
         begins = [np.nan if x is None else x for x in reduced.values()]
         axes.plot(list(reduced), begins, ':', color=color, lw=2)
         for log in list(found['one_sided'][seed].values())[-1:]:
-            onset = predicted_onset(log - math.log(TINY), TINY)
+            onset = stability.predict_onset(log - math.log(TINY), TINY)
             axes.plot(fine, [np.nan if onset is None else onset] * len(fine), '--', color=color)
     axes.axhline(num_steps, color='0.5', lw=0.8)
     axes.set(

@@ -157,13 +157,18 @@ def by_arm(runs: Sequence[FinishedRun]) -> dict[str, list[FinishedRun]]:
 
 
 def write_table(experiment: Experiment, rows: list[dict[str, Any]]) -> None:
+    """Prints a table and writes it, see `save_table`."""
+    save_table(experiment.workdir, experiment.command, circumstances(experiment), rows)
+
+
+def save_table(
+    workdir: pathlib.Path, command: str, conditions: str, rows: list[dict[str, Any]]
+) -> None:
     """Prints a table and writes it as table.md (with command, hardware, versions) and table.csv."""
-    records.write_csv(experiment.workdir / 'table.csv', rows)
+    records.write_csv(workdir / 'table.csv', rows)
     table = markdown(rows)
-    (experiment.workdir / 'table.md').write_text(
-        f'    {experiment.command}\n\n{circumstances(experiment)}\n\n{table}\n'
-    )
-    print(f'\n{table}\n\n{experiment.workdir}/table.md, table.csv')
+    (workdir / 'table.md').write_text(f'    {command}\n\n{conditions}\n\n{table}\n')
+    print(f'\n{table}\n\n{workdir}/table.md, table.csv')
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

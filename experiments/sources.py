@@ -17,7 +17,8 @@ from matplotlib.patches import Rectangle
 
 from experiments import runs
 from experiments.trajectories import Laboratory
-from zerojax.perturb import ORDER_GROUPS, Perturbation
+from zerojax.perturb import Perturbation
+from zerojax.step.order import ORDER_GROUPS
 
 SHORTCUTS = ('pre_relu', 'post_relu')
 VIRIDIS = colormaps['viridis']

@@ -20,6 +20,7 @@ from experiments import runs
 from zerojax import config as config_lib
 from zerojax.host import records
 from zerojax.host.errors import UsageError
+from zerojax.measure.stability import ONSET
 from zerojax.perturb import NONE, Perturbation
 from zerojax.run.building import Source, keeps_last, scalars_of
 from zerojax.run.checks import resolve
@@ -29,8 +30,6 @@ from zerojax.step.precision import numbers_of
 from zerojax.sweep import Job, folder_name, sweep
 
 Arm = TypeVar('Arm')
-
-ONSET = 0.1  # asymmetry from which on features are as good as different; see docs/findings.md
 
 
 @dataclasses.dataclass(frozen=True)

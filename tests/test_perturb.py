@@ -587,7 +587,7 @@ def test_what_is_frozen_is_not_perturbed_and_the_rest_as_if_nothing_were(kind, l
     'p,message',
     [
         (Perturbation('dropout', 0.1), "kind='dropout': acts on outputs"),
-        (Perturbation('order'), "kind='order': acts within layers; use reordered_sums"),
+        (Perturbation('order'), "kind='order': acts within layers; use step.order.reordered_sums"),
         (Perturbation('gaussian', 0.1), 'at_step=0: the initial weights come before'),
     ],
 )

@@ -9,8 +9,9 @@ import pytest
 
 from zerojax import predict
 from zerojax.host import records
+from zerojax.measure.stability import predict_onset
 from zerojax.run import data, train
-from zerojax.run.prediction import Predictor, largest, onset
+from zerojax.run.prediction import Predictor, growth_per_step, largest
 
 ROOT = pathlib.Path(__file__).parent.parent
 DIGITS = f'--config={ROOT}/configs/digits.py'
@@ -71,6 +72,14 @@ def test_the_command_predicts_streams_onsets_and_curves(tmp_path, capsys):
         (['--config.perturbation.scale=0.0'], 'perturbation.scale=0.0: must be above 0, or give'),
         (['--features=3'], '--features=3: must be a whole number of at least 4'),
         (['--steps=1'], '--steps=1: must be a whole number of at least 2'),
+        (
+            ['--config.perturbation.layers=head/bias'],
+            "perturbation.layers='head/bias': noise on these breaks no symmetry",
+        ),
+        (
+            ['--config.perturbation.seed=2147483647'],
+            '--seeds=5: are the seeds 2147483647 to 2147483651 of the perturbation; must be',
+        ),
         (['--seeds=0'], '--seeds=0: must be a whole number of at least 1'),
     ],
 )
@@ -90,6 +99,21 @@ def test_a_median_counts_never_as_later_than_any_step():
     assert predict.median_onset([3, None, None]) is None
     assert predict.median_onset([3, 5, 8, None]) == 6.5
     assert predict.median_onset([3, 5, None, None]) is None
+
+
+def test_growth_is_the_slope_of_the_second_half():
+    assert growth_per_step(np.array([5.0, 0.0, 1.0, 3.0, 5.0])) == 2.0
+    assert growth_per_step(np.full(5, -np.inf)) is None
+
+
+def test_streams_that_the_noise_does_not_break_stay_symmetric_in_both_predictions(tiny_config):
+    tiny_config.perturbation.streams = ('block3_0',)
+    predictor = Predictor(tiny_config, data.load_of(tiny_config), 4, 4)
+    active = predictor.active()
+    assert np.isfinite(active['block3_0']).all()
+    assert (active['stem'] == -np.inf).all() and (active['block2_0'] == -np.inf).all()
+    reduced = predictor.reduced(predictor.noise(0), 1e-3)
+    assert np.isfinite(reduced['block3_0']).all() and (reduced['stem'] == -np.inf).all()
 
 
 def test_the_noise_is_what_the_run_adds_to_its_weights(tiny_config, tmp_path):
@@ -130,5 +154,5 @@ def test_onsets_are_those_of_the_runs(tmp_path, shortcut, scale):
         lines = [line for line in lines if line['kind'] == 'train']
         measured.append(next(line['step'] for line in lines if line['asymmetry'] >= 0.1))
         predictor = Predictor(config, data.load_of(config), 70, 8)
-        predicted.append(onset(largest(predictor.reduced(predictor.noise(seed), scale))))
+        predicted.append(predict_onset(largest(predictor.reduced(predictor.noise(seed), scale))))
     assert abs(np.median(measured) - np.median(predicted)) <= 3, (measured, predicted)

@@ -34,14 +34,14 @@ from zerojax.host.errors import RunError, UsageError
 from zerojax.host.progress import Progress
 from zerojax.host.stop import raise_on_signals
 from zerojax.measure.prediction import ALONE
+from zerojax.measure.stability import ONSET, predict_onset
 from zerojax.run import cli, data
 from zerojax.run.prediction import (
-    ONSET,
     Curves,
     Predictor,
     check_predictable,
+    growth_per_step,
     largest,
-    onset,
 )
 
 MAX_STEPS = 400
@@ -83,24 +83,17 @@ def onset_records(scale: float, linear: Curves, reduced: list[Curves]) -> list[r
         def of(curves: Curves, stream: str | None = stream) -> np.ndarray:
             return largest(curves) if stream is None else curves[stream]
 
-        seeds = [onset(of(curves)) for curves in reduced]
+        seeds = [predict_onset(of(curves)) for curves in reduced]
         rows.append(
             {
                 'scale': scale,
                 'stream': stream,
-                'linear': onset(of(linear)),
+                'linear': predict_onset(of(linear)),
                 'reduced': median_onset(seeds),
                 'reduced_seeds': seeds,
             }
         )
     return rows
-
-
-def growth_per_step(log_asymmetry: np.ndarray) -> float | None:
-    """Mean slope over the second half of the steps; None where there is no asymmetry."""
-    half = len(log_asymmetry) // 2
-    slope = (log_asymmetry[-1] - log_asymmetry[half]) / (len(log_asymmetry) - 1 - half)
-    return float(slope) if math.isfinite(slope) else None
 
 
 def in_log10(curves: Curves) -> dict[str, list[float | None]]:
@@ -123,7 +116,7 @@ def cost_lines(
         f'{runs} run{"s" if runs > 1 else ""} with gaussian noise on the initial weights',
         f'operations a step: {operations["full"]:.2g}; of a reduced network of {features} features '
         f'a stream {operations["reduced"]:.2g}',
-        f'this takes about {seconds:.0f} s; the runs themselves take '
+        f'the prediction takes about {seconds:.0f} s once it is compiled; the runs take '
         f'{runs * steps * operations["full"]:.2g} operations',
     ]
 
@@ -136,7 +129,6 @@ def predict(
     Raises:
         RunError: the symmetric run itself diverges.
     """
-    began = time.monotonic()
     operations = predictor.operations()
     for line in cost_lines(predictor, operations, features, len(scales) * seeds):
         print(line, flush=True)
@@ -144,24 +136,23 @@ def predict(
         active = predictor.active()
     except ValueError as error:
         raise RunError(f'the symmetric run itself: {error}') from error
-    first = predictor.config.perturbation.seed
-    curves = {}
+    reduced: dict[float, list[Curves]] = {scale: [] for scale in scales}
     with Progress(len(scales) * seeds * predictor.steps) as progress:
-        noises = [predictor.noise(first + i) for i in range(seeds)]
-        for scale in scales:
-            reduced = [predictor.reduced(noise, scale, progress.advance) for noise in noises]
-            curves[scale] = predictor.linear(scale), reduced
+        for i in range(seeds):
+            noise = predictor.noise(predictor.config.perturbation.seed + i)
+            for scale in scales:
+                reduced[scale].append(predictor.reduced(noise, scale, progress.advance))
+    curves = {scale: (predictor.linear(scale), reduced[scale]) for scale in scales}
     found: records.Record = {
         'streams': {
             name: {'features': count, 'growth': growth_per_step(active[name])}
-            for name, count in predictor.features.items()
+            for name, count in predictor.stream_sizes.items()
         },
         'onsets': [row for scale in scales for row in onset_records(scale, *curves[scale])],
-        'curves': {str(scale): in_log10(reduced[0]) for scale, (_, reduced) in curves.items()},
-        'linear_curves': {str(scale): in_log10(linear) for scale, (linear, _) in curves.items()},
+        'curves': {str(scale): in_log10(reduced[scale][0]) for scale in scales},
+        'linear_curves': {str(scale): in_log10(curves[scale][0]) for scale in scales},
         'operations': operations,
         'steps': predictor.steps,
-        'seconds': round(time.monotonic() - began, 1),
     }
     return found, curves
 
@@ -238,20 +229,28 @@ def draw(curves: dict[float, tuple[Curves, list[Curves]]], seeds: int, path: pat
         loc='outside lower center',
         ncols=4,
         frameon=False,
-        title=f'line: reduced network{others}; dashes: linear prediction; grey: onset',
+        title=f'line: reduced network{others}\ndashes: linear prediction; grey: onset',
+        title_fontsize=9,
     )
     figures.save_png(figure, path)
 
 
 def run(argv: list[str]) -> None:
     """The command; `argv` are the program's name and the flags."""
+    began = time.monotonic()
     values = cli.text_flags(scales=None, steps=str(MAX_STEPS), features='8', seeds='5')
     config, workdir = cli.parse_flags(argv, values, workdir='runs/predict_NAME')
     steps = cli.count(values, 'steps', least=2)
     features = cli.count(values, 'features', least=ALONE + 1)
     seeds = cli.count(values, 'seeds', least=1)
-    scales = parse_scales(values.scales, config)
     check_predictable(config)
+    scales = parse_scales(values.scales, config)
+    last_seed = config.perturbation.seed + seeds - 1
+    if last_seed > config_lib.INT32:
+        raise UsageError(
+            f'--seeds={seeds}: are the seeds {config.perturbation.seed} to {last_seed} of the '
+            f'perturbation; must be at most {config_lib.INT32}'
+        )
     predictor = Predictor(config, data.load_of(config), steps, features)
     cli.make_folder(workdir)
     found, curves = predict(predictor, scales, features, seeds)
@@ -260,7 +259,12 @@ def run(argv: list[str]) -> None:
     draw(curves, seeds, workdir / 'figures' / 'predict.png')
     records.write_json(
         workdir / 'predict.json',
-        {**manifest.environment(), 'config': config_lib.as_json(config), **found},
+        {
+            **manifest.environment(),
+            'config': config_lib.as_json(config),
+            **found,
+            'seconds': round(time.monotonic() - began, 1),
+        },
     )
     print(f'\n{workdir}/predict.json, figures/predict.png')
 

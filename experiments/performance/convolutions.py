@@ -33,7 +33,6 @@ import numpy as np
 
 from experiments import runs
 from experiments.performance import measuring
-from zerojax.host import records
 from zerojax.host.command import run_command
 from zerojax.host.errors import RunError
 from zerojax.host.stop import raise_on_signals
@@ -205,10 +204,7 @@ def run(argv: list[str]) -> None:
             names = ('direct', 'patches', 'taps', 'outer', 'PyTorch')
             rows.append(row | {'pass': which} | {name: shown(found.get(name)) for name in names})
             print(' '.join(map(str, rows[-1].values())), flush=True)
-    records.write_csv(workdir / 'table.csv', rows)
-    table = runs.markdown(rows)
-    (workdir / 'table.md').write_text(f'    {command}\n\n{runs.machine()}.\n\n{table}\n')
-    print(f'\n{table}\n\n{workdir}/table.md, table.csv')
+    runs.save_table(workdir, command, f'{runs.machine()}.', rows)
 
 
 def main(argv: list[str]) -> int:

@@ -20,7 +20,6 @@ import optax
 from experiments import runs
 from experiments.performance import measuring
 from zerojax import models
-from zerojax.host import records
 from zerojax.host.command import run_command
 from zerojax.host.stop import raise_on_signals
 from zerojax.run import cli
@@ -29,6 +28,7 @@ from zerojax.symmetry import quotient
 from zerojax.symmetry.orbits import feature_counts
 
 FEATURES = (1, 2, 4, 8, 16, 32, 64)
+DEPTH, WIDTH = 16, 10
 BATCH, SHAPE = 128, (32, 32, 3)
 REPETITIONS = 5
 
@@ -36,7 +36,7 @@ REPETITIONS = 5
 def lowered_step(m: int | None) -> tuple[Any, tuple[Any, Any]]:
     """The train step of the network with m features a stream (None: all), and what it is called
     with."""
-    model = models.create('constnet', depth=16, width=10)
+    model = models.create('constnet', depth=DEPTH, width=WIDTH)
     axes, tx = model.feature_axes(), optax.sgd(0.03, momentum=0.9)
 
     def new(model: Any, tx: Any) -> Any:
@@ -83,10 +83,11 @@ def run(argv: list[str]) -> None:
             jax.block_until_ready(compiled(*arguments))
 
         calls[name] = measuring.repeat(call)
-    large = {name: calls.pop(name) for name in ('all',) if name in calls}
+    # The large one alone, or the others would have to wait for it at each turn.
+    large = calls.pop('all', None)
     times = measuring.time_in_turns(calls, REPETITIONS, measuring.SECONDS)
-    for name, call_large in large.items():
-        times[name] = measuring.time_alone(call_large, REPETITIONS, measuring.SECONDS)
+    if large is not None:
+        times['all'] = measuring.time_alone(large, REPETITIONS, measuring.SECONDS)
     rows = [
         {
             'features a stream': name,
@@ -99,10 +100,7 @@ def run(argv: list[str]) -> None:
         }
         for name, count in operations.items()
     ]
-    records.write_csv(workdir / 'table.csv', rows)
-    table = runs.markdown(rows)
-    (workdir / 'table.md').write_text(f'    {command}\n\n{runs.machine()}.\n\n{table}\n')
-    print(f'\n{table}\n\n{workdir}/table.md, table.csv')
+    runs.save_table(workdir, command, f'{runs.machine()}.', rows)
 
 
 def main(argv: list[str]) -> int:

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import quick
+from crooked import Crooked
 
 from zerojax import models, symmetry
 from zerojax.measure import equal_features
@@ -16,28 +17,6 @@ AXES = {
     'crooked': {'kernel': ('first', 'crooked')},
     'head': {'kernel': ('crooked', None), 'bias': (None,)},
 }
-
-
-class Crooked(nn.Module):
-    """A product whose last feature is summed in another order, as at the edge of a kernel's tile.
-
-    `crooked=False`: all features in the same order.
-    """
-
-    features: int
-    crooked: bool
-
-    @nn.compact
-    def __call__(self, x_bxc):
-        init = nn.initializers.zeros
-        kernel = self.param('kernel', init, (x_bxc.shape[-1], self.features), jnp.float32)
-        terms = x_bxc[:, :, None] * kernel[None]
-        forward, backward = terms[:, 0], terms[:, -1]
-        for i in range(1, terms.shape[1]):
-            forward = forward + terms[:, i]
-            backward = backward + terms[:, -1 - i]
-        last = jnp.arange(self.features)[None, :] == self.features - 1
-        return jnp.where(last & self.crooked, backward, forward)
 
 
 class Net(nn.Module):

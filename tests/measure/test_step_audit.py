@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 import quick
+from crooked import Crooked
 
 from zerojax import models, step, symmetry
 from zerojax.measure import equal_features, step_audit
@@ -21,26 +22,6 @@ AXES = {
 }
 
 
-class Ordered(nn.Module):
-    """A product summed from the first input to the last; if `crooked`, for the last feature from
-    the last to the first, as at the edge of a kernel's tile."""
-
-    features: int
-    crooked: bool
-
-    @nn.compact
-    def __call__(self, x_bxc):
-        shape = x_bxc.shape[-1], self.features
-        kernel = self.param('kernel', nn.initializers.zeros, shape, jnp.float32)
-        terms = x_bxc[:, :, None] * kernel[None]
-        forward, backward = terms[:, 0], terms[:, -1]
-        for i in range(1, terms.shape[1]):
-            forward = forward + terms[:, i]
-            backward = backward + terms[:, -1 - i]
-        last = jnp.arange(self.features)[None, :] == self.features - 1
-        return jnp.where(last & self.crooked, backward, forward)
-
-
 class Net(nn.Module):
     crooked: bool
 
@@ -48,7 +29,7 @@ class Net(nn.Module):
     def __call__(self, x, train):
         del train
         x = nn.relu(nn.Dense(7, name='first')(x))
-        x = nn.relu(Ordered(6, self.crooked, name='second')(x))
+        x = nn.relu(Crooked(6, self.crooked, name='second')(x))
         x = nn.relu(nn.Dense(5, name='third')(x))
         return nn.Dense(3, name='head')(x)
 

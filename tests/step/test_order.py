@@ -17,8 +17,10 @@ import sklearn.datasets
 import small_step
 from flax.traverse_util import flatten_dict
 
-from zerojax import perturb, step, symmetry
-from zerojax.perturb import Perturbation, reordered_sums
+from zerojax import step, symmetry
+from zerojax.perturb import Perturbation
+from zerojax.step import order
+from zerojax.step.order import reordered_sums
 
 ORDER = Perturbation('order')
 KEY = jax.random.key(3)
@@ -111,7 +113,7 @@ def test_each_entry_is_within_the_rounding_of_its_additions(number):
 def test_groups_are_those_of_array_split(number):
     x = np.arange(1, 2 * number + 1, dtype='float32').reshape(number, 2)
     groups = min(16, number)
-    found = np.asarray(perturb._split(jnp.asarray(x), groups))
+    found = np.asarray(order._split(jnp.asarray(x), groups))
     expected = np.array_split(x, groups)
     assert [each[each[:, 0] > 0].tolist() for each in found] == [x.tolist() for x in expected]
 
@@ -144,16 +146,16 @@ def test_where_additions_are_exact_no_bit_changes(dtype):
 def test_each_weight_has_an_order_of_its_own_and_all_orders_are_as_likely():
     """Of three numbers whose sum shows which was added last; and of 16, each as often first."""
     number = 60_000
-    bits = jax.random.bits(KEY, (perturb.ORDER_WORDS, number), jnp.uint32)
+    bits = jax.random.bits(KEY, (order.ORDER_WORDS, number), jnp.uint32)
     tiny = 2.0**-30
     three = jnp.tile(jnp.array([1.0, -1.0, tiny])[:, None], (1, number))
-    sums = np.asarray(quick.jit(perturb.add_in_random_order)(three, bits))
+    sums = np.asarray(quick.jit(order.add_in_random_order)(three, bits))
     assert set(np.unique(sums)) == {0, tiny}  # lost unless it is added last
     assert abs(np.mean(sums == tiny) - 1 / 3) < 0.01
     for place in range(16):
         others = [(place + 1) % 16, (place + 7) % 16]
         each = jnp.zeros((16, number)).at[np.array([place, *others])].set(three[::-1])
-        sums = np.asarray(quick.jit(perturb.add_in_random_order)(each, bits))
+        sums = np.asarray(quick.jit(order.add_in_random_order)(each, bits))
         assert abs(np.mean(sums == tiny) - 1 / 3) < 0.01, place
 
 
@@ -162,10 +164,10 @@ def test_each_sum_is_rounded(dtype):
     """Also where XLA would keep bfloat16 in float32: sums are those of one of the orders."""
     number = 2000
     values = jax.random.normal(KEY, (5,)).astype(dtype)
-    bits = jax.random.bits(KEY, (perturb.ORDER_WORDS, number), jnp.uint32)
+    bits = jax.random.bits(KEY, (order.ORDER_WORDS, number), jnp.uint32)
     tiled = jnp.tile(values[:, None], (1, number))
-    found = np.unique(np.asarray(jax.jit(perturb.add_in_random_order)(tiled, bits)))
-    sums = [functools.reduce(np.add, order) for order in itertools.permutations(np.asarray(values))]
+    found = np.unique(np.asarray(jax.jit(order.add_in_random_order)(tiled, bits)))
+    sums = [functools.reduce(np.add, each) for each in itertools.permutations(np.asarray(values))]
     assert len(found) > 1
     np.testing.assert_array_equal(found, np.unique(sums))
 
@@ -188,7 +190,7 @@ def test_a_kernel_that_is_not_chosen_has_its_ordinary_gradient():
     ordinary = gradients(model, variables, x)
     everywhere = gradients(model, variables, x, ORDER)
     found = gradients(model, variables, x, Perturbation('order', layers='second'))
-    assert perturb.ordered_kernels(variables['params'], '.*') == KERNELS
+    assert order.ordered_kernels(variables['params'], '.*') == KERNELS
     for path, gradient in found.items():
         expected = everywhere if path == 'second/kernel' else ordinary
         assert gradient.tobytes() == expected[path].tobytes(), path

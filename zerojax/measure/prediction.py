@@ -59,7 +59,8 @@ def sensitivities(
         feature_axes: of the params.
 
     Returns:
-        {stream: tree like the params, in NumPy arrays, of norm 1}.
+        {stream: tree like the params, in NumPy arrays; with what belongs to the rest of the
+        state, of norm 1}.
     """
     forward = jit_in_mode(step, 'deterministic')
     states = [state]

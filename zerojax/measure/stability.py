@@ -33,6 +33,8 @@ import numpy as np
 from zerojax import perturb, symmetry
 from zerojax.step.determinism import jit_in_mode
 
+ONSET = 0.1  # asymmetry from which on features are as good as different; see docs/findings.md
+
 Tree = Any
 State = tuple[Tree, Tree]
 Step = Callable[[State, Any], State]
@@ -142,12 +144,15 @@ def growth(
     return _push_along(step, state, batches, (tangents, still), feature_axes, orbits)
 
 
-def predict_onset(log_asymmetry: np.ndarray, epsilon: float, threshold: float = 0.1) -> int | None:
+def predict_onset(
+    log_asymmetry: np.ndarray, epsilon: float = 1.0, threshold: float = ONSET
+) -> int | None:
     """The first step at which a perturbation's asymmetry reaches the threshold; None if never.
 
     Args:
         log_asymmetry: [N + 1]: a column of `Growth.log_asymmetry`.
-        epsilon: size of the perturbation in units of its tangent; for a Gaussian its scale.
+        epsilon: size of the perturbation in units of its tangent; for a Gaussian its scale. 1
+            for the asymmetry of a perturbation itself.
         threshold: asymmetry that counts as onset. On digits the loss differs from that of the
             symmetric run by 1% at asymmetries of 0.03 to 0.12, by 5% at 0.08 to 0.25.
     """

@@ -16,7 +16,7 @@ from zerojax import perturb, symmetry
 from zerojax.host.errors import UsageError
 from zerojax.run.building import Scalars, keeps_last, new_state, scalars_of, steps_per_epoch
 from zerojax.run.data import Dataset, channel_statistics
-from zerojax.step import TrainState, determinism
+from zerojax.step import TrainState, determinism, order
 from zerojax.step.batch import PAD
 from zerojax.step.precision import numbers_of
 
@@ -142,10 +142,10 @@ def check_layers(config: ConfigDict, params: Tree, feature_axes: Tree) -> None:
                 f'chooses puts out features of these, but of {", ".join(map(str, there))}; choose '
                 'others in one of the two'
             )
-    if config.perturbation.kind == 'order' and not perturb.ordered_kernels(params, layers):
+    if config.perturbation.kind == 'order' and not order.ordered_kernels(params, layers):
         raise UsageError(
             f'perturbation.layers={layers!r}: matches no kernel; '
-            f'they are {", ".join(perturb.ordered_kernels(params, ".*"))}'
+            f'they are {", ".join(order.ordered_kernels(params, ".*"))}'
         )
     for field, pattern in patterns.items():
         if not perturb.chosen(params, pattern):

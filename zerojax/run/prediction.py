@@ -25,7 +25,6 @@ from zerojax.symmetry import alignment, quotient
 from zerojax.symmetry.orbits import feature_counts
 
 Tree = Any
-ONSET = 0.1  # asymmetry from which on features are as good as different; see docs/findings.md
 Curves = dict[str, np.ndarray]  # of each stream: natural logarithm of its asymmetry, [N + 1]
 
 
@@ -41,9 +40,9 @@ class Predictor:
             `measure.prediction.ALONE`.
 
     Attributes:
-        config: resolved, without the run's own determinism mode and mesh.
+        config: resolved, but in deterministic mode, on one device, a step a call.
         steps: that are predicted.
-        features: {stream: number of features} of the run's network.
+        stream_sizes: {stream: number of features} of the run's network.
 
     Raises:
         UsageError: the run cannot be predicted.
@@ -61,23 +60,49 @@ class Predictor:
             self._program = Program(config, dataset)
             self._state = self._program.initial_state(scalars_of(config))
             params, self._axes = self._state.params, self._program.feature_axes
+            self.stream_sizes = feature_counts(params, self._axes)
             checks.check_layers(config, params, self._axes)
+            checks.check_initial_weights(config, params, self._axes, self._program.orbits)
             check_symmetric(self._program, params)
-            self.features = feature_counts(params, self._axes)
-            self._number = features
-            any_order = {name: np.zeros(count) for name, count in self.features.items()}
-            _, self._shares = prediction.arranged(any_order, features)
+            self._broken = self._find_broken()
+            self._features = features
+            any_order = {name: np.zeros(count) for name, count in self.stream_sizes.items()}
+            _, shares = prediction.arranged(any_order, features)
+            # One share of a stream that stays symmetric: several would not, to rounding.
+            self._shares = symmetry.Orbits(
+                {
+                    name: first if name in self._broken else np.zeros_like(first)
+                    for name, first in shares.first.items()
+                },
+                entries={},
+            )
             self._reduced = Reduction(self._program, self._shares)
             self._start = self._reduced.state(
                 quotient.reduce(params, self._axes, self._shares), config.seed
             )
             self._follower = prediction.Follower(self._reduced.step, self._axes)
-            self._batches = self._sources(self._program)
-            halves = quotient.shares(self.features, 2)
+            self._batches = self._sources()
+            halves = quotient.shares(self.stream_sizes, 2)
             self._pair = Reduction(self._pair_program(), halves)
             self._pair_start = self._pair.state(
                 quotient.reduce(params, self._axes, halves), config.seed
             )
+
+    def _find_broken(self) -> list[str]:
+        """The streams whose symmetry the noise breaks.
+
+        Raises:
+            UsageError: there is none.
+        """
+        p = self.config.perturbation
+        unique = symmetry.unique_features_by_stream(self._draw_noise(p.seed), self._axes)
+        broken = [name for name, count in unique.items() if count > 1]
+        if not broken:
+            raise UsageError(
+                f'perturbation.layers={p.layers!r}: noise on these breaks no symmetry, as they '
+                'have no features that could differ; choose others'
+            )
+        return broken
 
     def _pair_program(self) -> Program:
         """In float32 at least: what is linear has no rounding of its own that matters."""
@@ -93,9 +118,9 @@ class Predictor:
             batches = self._batches[: prediction.HORIZON]
             return prediction.sensitivities(self._pair.step, self._pair_start, batches, self._axes)
 
-    def _sources(self, program: Program) -> list[Source]:
+    def _sources(self) -> list[Source]:
         """What each step reads."""
-        scalars = scalars_of(program.config)
+        program, scalars = self._program, scalars_of(self.config)
         found: list[Source] = []
         for step in range(self.steps):
             if step % program.steps_per_epoch == 0:
@@ -108,14 +133,16 @@ class Predictor:
 
         In NumPy arrays, with the features of each stream in the order of `prediction.arranged`.
         """
+        noise = self._draw_noise(seed)
+        at = prediction.coordinates(noise, self._axes, self._sensitivities)
+        order, _ = prediction.arranged(at, self._features)
+        return alignment.permute(noise, self._axes, order)
+
+    def _draw_noise(self, seed: int) -> Tree:
         with numbers_of(self.config.param_dtype):
             seeds = {'perturbation.seed': np.int32(seed)}
             state = self._program.initial_state(scalars_of(self.config) | seeds)
-            key = state.keys['perturbation']
-            noise = jax.device_get(self._draw(state.params, key))
-        at = prediction.coordinates(noise, self._axes, self._sensitivities)
-        order, _ = prediction.arranged(at, self._number)
-        return alignment.permute(noise, self._axes, order)
+            return jax.device_get(self._draw(state.params, state.keys['perturbation']))
 
     @functools.cached_property
     def _draw(self) -> Callable[[Tree, jax.Array], Tree]:
@@ -136,26 +163,17 @@ class Predictor:
         return self.noise(self.config.perturbation.seed)
 
     @functools.cached_property
-    def _growth(self) -> tuple[list[str], stability.Growth]:
-        """The streams that the run's own noise breaks, and the growth of a tangent for each."""
+    def _growth(self) -> stability.Growth:
+        """Of a tangent for each broken stream."""
         tangents = prediction.two_features(self._own_noise, self._axes)
-        streams = symmetry.stream_names(self._axes)
-        broken = [
-            i for i in range(len(streams)) if any(x[i].any() for x in jax.tree.leaves(tangents))
-        ]
-        if not broken:
-            raise UsageError(
-                f'perturbation.layers={self.config.perturbation.layers!r}: noise on these breaks '
-                'no symmetry; choose others'
-            )
+        broken = [symmetry.stream_names(self._axes).index(name) for name in self._broken]
         with numbers_of(self.config.param_dtype):
             tangents = jax.tree.map(
                 lambda x, w: jnp.asarray(x[broken], w.dtype), tangents, self._pair_start[0]
             )
-            growth = stability.growth(
+            return stability.growth(
                 self._pair.step, self._pair_start, self._batches, tangents, self._axes
             )
-        return [streams[i] for i in broken], growth
 
     @functools.cached_property
     def _persistence(self) -> dict[str, np.ndarray]:
@@ -169,14 +187,12 @@ class Predictor:
         -inf of streams that the noise does not break.
 
         Raises:
-            UsageError: it breaks none.
             ValueError: the symmetric run itself is not finite.
         """
-        broken, growth = self._growth
-        unbroken = np.full(self.steps + 1, -np.inf)
+        growth, unbroken = self._growth.log_by_stream, np.full(self.steps + 1, -np.inf)
         return {
-            name: growth.log_by_stream[name][:, broken.index(name)] if name in broken else unbroken
-            for name in self.features
+            name: growth[name][:, self._broken.index(name)] if name in self._broken else unbroken
+            for name in self.stream_sizes
         }
 
     def passive(self, noise: Tree) -> Curves:
@@ -186,12 +202,13 @@ class Predictor:
             left = [size * self._persistence[path] for path, size in sizes.items()]
             with np.errstate(divide='ignore'):
                 curves[name] = np.log(np.max([np.zeros(self.steps + 1), *left], axis=0))
-            curves[name] = curves[name] - self._growth[1].log_largest[name]
+            curves[name] = curves[name] - self._growth.log_largest[name]
         return curves
 
     def linear(self, scale: float) -> Curves:
         """The linear prediction, of the run's own noise: the larger of active and passive part."""
-        return _larger(self.active(), self.passive(self._own_noise), scale, scale)
+        own = {name: curve + np.log(scale) for name, curve in self.active().items()}
+        return _larger(own, self.passive(self._own_noise), scale)
 
     def reduced(
         self, noise: Tree, scale: float, advance: Callable[[int], object] = lambda _: None
@@ -201,13 +218,13 @@ class Predictor:
         NaN once a weight is not finite. `advance` is called with the number of steps that were
         done, after each.
         """
-        share_noise = quotient.average(noise, self._axes, self._shares)
+        noise_of_shares = quotient.average(noise, self._axes, self._shares)
         with numbers_of(self.config.param_dtype):
             params, rest = self._start
             params = jax.tree.map(
-                lambda w, x: (np.asarray(w) + np.float32(scale) * x).astype(w.dtype),
+                lambda w, x: (np.asarray(w, np.float64) + scale * x).astype(w.dtype),
                 params,
-                share_noise,
+                noise_of_shares,
             )
             found = []
             for measured in self._follower.follow((params, rest), self._batches):
@@ -216,9 +233,9 @@ class Predictor:
             found = jax.device_get(found)
         with np.errstate(divide='ignore'):
             followed = {
-                name: np.log([float(each[name]) for each in found]) for name in self.features
+                name: np.log([float(each[name]) for each in found]) for name in self.stream_sizes
             }
-        return _larger(followed, self.passive(noise), 1.0, scale)
+        return _larger(followed, self.passive(noise), scale)
 
     def seconds_per_step(self) -> float:
         """What a step of the reduced network takes here, once it is compiled."""
@@ -240,11 +257,10 @@ class Predictor:
             return {name: each.cost_analysis()['flops'] for name, each in lowered.items()}
 
 
-def _larger(curves: Curves, others: Curves, scale: float, scale_of_others: float) -> Curves:
-    """Of curves that are per unit of these scales."""
+def _larger(curves: Curves, passive: Curves, scale: float) -> Curves:
+    """The larger of each curve and its passive part, which is per unit of scale."""
     return {
-        name: np.maximum(curve + np.log(scale), others[name] + np.log(scale_of_others))
-        for name, curve in curves.items()
+        name: np.maximum(curve, passive[name] + np.log(scale)) for name, curve in curves.items()
     }
 
 
@@ -253,13 +269,12 @@ def largest(curves: Curves) -> np.ndarray:
     return np.max(list(curves.values()), axis=0)
 
 
-def onset(curve: np.ndarray) -> int | None:
-    """The number of updates after which an asymmetry first is `ONSET`; None if it never is.
-
-    `curve` is its natural logarithm, [N + 1].
-    """
-    reached = np.flatnonzero(curve >= np.log(ONSET))
-    return int(reached[0]) if len(reached) else None
+def growth_per_step(curve: np.ndarray) -> float | None:
+    """Mean slope over the second half of the steps; None where there is no asymmetry."""
+    half = len(curve) // 2
+    if not np.isfinite(curve[[half, -1]]).all():
+        return None
+    return float((curve[-1] - curve[half]) / (len(curve) - 1 - half))
 
 
 def check_predictable(config: ConfigDict) -> None:

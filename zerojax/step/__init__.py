@@ -2,8 +2,9 @@
 
 `create_state` and `make_train_step` are where to begin: a state, and a jitted
 (state, batch) -> (state, metrics), for any model (`Model`). Beside them: `batch` (order of
-examples, augmentation), `optimizer`, `pruning`, `determinism` (compiler options of a mode),
-`precision`. What is new in a step goes into `train_step`; what it must remember, into `TrainState`.
+examples, augmentation), `optimizer`, `pruning`, `order` (of additions, a perturbation),
+`determinism` (compiler options of a mode), `precision`. What is new in a step goes into
+`train_step`; what it must remember, into `TrainState`.
 """
 
 from zerojax.step.determinism import jit_in_mode

@@ -12,6 +12,7 @@ from zerojax import perturb, symmetry
 from zerojax.step.determinism import jit_in_mode
 from zerojax.step.loss import accuracy, cross_entropy
 from zerojax.step.model import Model
+from zerojax.step.order import reordered_sums
 from zerojax.step.state import TrainState
 
 Tree = Any
@@ -78,7 +79,7 @@ def train_step_function(
         def perturbed_loss_function(params: Tree) -> tuple[jax.Array, tuple[jax.Array, Tree]]:
             key = jax.random.fold_in(noise_key, state.step)
             if perturbation.kind == 'order':
-                acting = perturb.reordered_sums(perturbation, params, key)
+                acting = reordered_sums(perturbation, params, key)
             else:
                 acting = perturb.perturbed_outputs(perturbation, feature_axes['params'], key)
             with acting:
