@@ -22,7 +22,6 @@ from experiments.trajectories import ONSET, Laboratory, Trajectory
 from zerojax.host import records
 from zerojax.measure import kinks, stability
 from zerojax.perturb import NONE, Perturbation
-from zerojax.run import prediction
 from zerojax.run.building import build_optimizer, scalars_of
 from zerojax.step import TrainState, cross_entropy, train_step_function
 from zerojax.step.determinism import jit_in_mode
@@ -32,7 +31,6 @@ SHOWN = (1e-30, 1e-10, 1e-8, 1e-6, 1e-4, 1e-2)  # as curves, of the first seed
 SHORTCUTS = ('pre_relu', 'post_relu')
 EXACT_STEPS = (10, 30)  # beside as many as there are features on a kink
 KINK_STEPS = 10  # at which these are counted
-FEATURES = 8  # of the reduced network's streams
 TINY = 1e-30  # stands for every perturbation that a kink makes finite
 
 
@@ -78,22 +76,7 @@ class Prediction(Laboratory):
 
     def reduced(self, seed: int) -> dict[float, np.ndarray]:
         """{scale: log of the asymmetry that a reduced network has, [num_steps + 1]}."""
-
-        def compute() -> dict[str, Any]:
-            config = runs.changed(
-                self.config,
-                seed=seed,
-                **{'perturbation.kind': 'gaussian', 'perturbation.seed': seed},
-            )
-            steps = self.config.num_steps
-            predictor = prediction.Predictor(config, self.dataset, steps, FEATURES)
-            noise = predictor.noise(seed)
-            curves = [predictor.reduced(noise, scale) for scale in SCALES]
-            return {'logs': [prediction.largest(each).tolist() for each in curves]}
-
-        fields = {'predict': 'reduced', 'features': FEATURES, 'scales': list(SCALES)}
-        logs = self.remember(compute, seed=seed, **fields)['logs']
-        return {scale: np.array(log) for scale, log in zip(SCALES, logs, strict=True)}
+        return dict(zip(SCALES, self.predict(seed, SCALES)['reduced'], strict=True))
 
     def features_on_kinks(self, seed: int) -> list[dict[str, list[int]]]:
         """{layer: [inputs exactly at a kink, those that the perturbation moves]} of each step."""

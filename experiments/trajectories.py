@@ -24,10 +24,13 @@ from zerojax.measure.stability import ONSET
 from zerojax.perturb import NONE, Perturbation
 from zerojax.run.building import Source, keeps_last, scalars_of
 from zerojax.run.checks import resolve
+from zerojax.run.prediction import Predictor, largest
 from zerojax.run.program import Programs
 from zerojax.step import TrainState
 from zerojax.step.precision import numbers_of
 from zerojax.sweep import Job, folder_name, sweep
+
+FEATURES = 8  # of a stream of the reduced networks
 
 Arm = TypeVar('Arm')
 
@@ -136,6 +139,31 @@ class Laboratory:
             self.folder.mkdir(parents=True, exist_ok=True)
             records.write_json(file, fields | result)
         return records.read_json(file, list(fields))
+
+    def predict(self, seed: int, scales: Sequence[float]) -> dict[str, list[np.ndarray]]:
+        """For Gaussian noise of a seed, what small networks say of the run with each scale.
+
+        Returns:
+            'linear' and 'reduced' (see `Predictor`): for each scale the natural logarithm of the
+            largest asymmetry, [num_steps + 1].
+        """
+
+        def compute() -> records.Record:
+            noise = {'perturbation.kind': 'gaussian', 'perturbation.seed': seed}
+            config = runs.changed(self.config, seed=seed, **noise)
+            predictor = Predictor(config, self.dataset, self.config.num_steps, FEATURES)
+            own = predictor.noise(seed)
+            curves = {
+                'linear': [predictor.linear(scale) for scale in scales],
+                'reduced': [predictor.reduced(own, scale) for scale in scales],
+            }
+            return {
+                name: [largest(each).tolist() for each in of_all] for name, of_all in curves.items()
+            }
+
+        fields = {'predict': 'small', 'features': FEATURES, 'scales': list(scales)}
+        found = self.remember(compute, seed=seed, **fields)
+        return {name: [np.array(log) for log in found[name]] for name in ('linear', 'reduced')}
 
     def initial_state(self, seed: int) -> TrainState:
         """The unperturbed state before the first step; the seed decides the noise to come too."""

@@ -106,6 +106,7 @@ def test_growth_is_the_slope_of_the_second_half():
     assert growth_per_step(np.full(5, -np.inf)) is None
 
 
+@pytest.mark.slow
 def test_streams_that_the_noise_does_not_break_stay_symmetric_in_both_predictions(tiny_config):
     tiny_config.perturbation.streams = ('block3_0',)
     predictor = Predictor(tiny_config, data.load_of(tiny_config), 4, 4)

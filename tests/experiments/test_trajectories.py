@@ -9,9 +9,20 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import hardware, onset, runs, sources, threshold, timing, trajectories
+from configs import onset as onset_config
+from experiments import (
+    hardware,
+    held_out,
+    onset,
+    runs,
+    sources,
+    threshold,
+    timing,
+    trajectories,
+)
 from experiments.trajectories import Laboratory, Trajectory
-from zerojax.config import build_perturbation
+from zerojax import config as config_lib
+from zerojax.config import build_perturbation, check
 from zerojax.host.errors import UsageError
 from zerojax.perturb import NONE, Perturbation
 from zerojax.run.train import train
@@ -227,6 +238,8 @@ def test_onset(experiment, fake, monkeypatch):
     growing = math.log(10) * np.arange(STEPS + 1) + 0.1  # clear of the powers of 10
     on_kink = [{'block3_1/relu': [0, 0]}] * 2
     monkeypatch.setattr(onset.Prediction, 'linear', lambda self, seed: growing)
+    follows = {scale: growing + math.log(scale) for scale in onset.SCALES}
+    monkeypatch.setattr(onset.Prediction, 'reduced', lambda self, seed: follows)
     monkeypatch.setattr(onset.Prediction, 'one_sided', lambda *args: growing + math.log(1e-3))
     monkeypatch.setattr(
         onset.Prediction,
@@ -244,7 +257,8 @@ def test_onset(experiment, fake, monkeypatch):
         scale = float(row['scale'])
         assert row['onset'] == ('4, 4' if scale >= 1e-12 else 'never, never')
         step = round(-1 - math.log10(scale))
-        assert row['predicted, linear'] == (f'{step}, {step}' if step <= STEPS else 'never, never')
+        for column in ('predicted, linear', 'predicted, reduced'):
+            assert row[column] == (f'{step}, {step}' if step <= STEPS else 'never, never')
         assert row['predicted, one-sided'] == (
             '-, -' if row['shortcut'] == 'pre_relu' else '2/2/2, 2/2/2'
         )
@@ -252,6 +266,56 @@ def test_onset(experiment, fake, monkeypatch):
         kinks = list(csv.DictReader(file))
     assert {row['shortcut'] for row in kinks} == {'post_relu'}
     assert [row['step'] for row in kinks] == ['0', '1'] * 2
+
+
+def test_held_out(experiment, fake, monkeypatch):
+    """Predicted are 3 and never; what the runs do is 4 for each scale."""
+    found = {
+        'depth 7': {'model.depth': 7},
+        'learning rate 0.05': {'optimizer.learning_rate': 0.05},
+    }
+    monkeypatch.setattr(held_out, 'settings', lambda: found)
+    reaches, never = np.log([0.0001, 0.001, 0.01, 0.1, 0.2, 0.3]), np.full(STEPS + 1, -9.0)
+    predicted = {'linear': [never, never], 'reduced': [reaches, reaches]}
+    monkeypatch.setattr(Laboratory, 'predict', lambda self, seed, scales: predicted)
+    held_out.run(experiment)
+    rows = table(experiment)
+    assert len(rows) == 2 * 2 * 2
+    for row in rows:
+        assert (row['onset'], row['predicted, reduced']) == ('4, 4', '3, 3')
+        assert (row['error, linear'], row['error, reduced']) == ('-', '-1')
+    with open(experiment.workdir / 'errors.csv') as file:
+        linear, reduced = csv.DictReader(file)
+    assert linear['within 3 steps or 5%'] == '0' and linear['one of them never comes'] == '8'
+    assert reduced['within 3 steps or 5%'] == '8' and reduced['largest error (steps)'] == '1.0'
+
+
+def test_a_median_that_never_comes_is_no_error_if_neither_does():
+    found = {'measured': [None, None, 5], 'linear': [None, None, None], 'reduced': [90, 100, 110]}
+    assert held_out.error(found, 'linear') == 0 and held_out.is_right(found, 'linear')
+    assert held_out.error(found, 'reduced') is None and not held_out.is_right(found, 'reduced')
+    found['measured'] = [104, 105, 106]
+    assert held_out.is_right(found, 'reduced'), 'within 5%'
+    found['measured'] = [106, 106, 106]
+    assert not held_out.is_right(found, 'reduced')
+
+
+@pytest.mark.parametrize('name', held_out.settings())
+def test_held_out_settings_are_configs_that_are_not_the_base(name):
+    changed = runs.changed(onset_config.get_config(), **held_out.settings()[name])
+    check(changed)
+    assert config_lib.as_json(changed) != config_lib.as_json(onset_config.get_config())
+
+
+@pytest.mark.slow
+def test_small_networks_predict_what_the_run_of_the_seed_does(toy_config, tmp_path):
+    laboratory = Laboratory(toy_config, tmp_path)
+    with jax.numpy_dtype_promotion('standard'):  # optax's schedule mixes int32 and float
+        predicted = laboratory.predict(1, [1e-4])
+    measured = laboratory.run(Perturbation('gaussian', 1e-4), seed=1).asymmetry
+    for method in held_out.METHODS:
+        # The larger of two parts stands for their sum.
+        assert np.all(np.abs(predicted[method][0][1:] - np.log(measured)) < math.log(2))
 
 
 def test_a_seed_that_never_starts_is_drawn_as_such(experiment):

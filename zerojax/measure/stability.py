@@ -135,13 +135,7 @@ def growth(
         ValueError: the params are not symmetric, a tangent has no transverse part, or the
             linearised step is not finite.
     """
-    params, rest = state
-    check = functools.partial(symmetry.is_symmetric, feature_axes=feature_axes, orbits=orbits)
-    if not jit_in_mode(check, 'deterministic')(params):  # eagerly, each shape would be compiled
-        raise ValueError('state: its params are not symmetric')
-    count = len(jax.tree.leaves(tangents)[0])
-    still = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), floats_of(rest))
-    return _push_along(step, state, batches, (tangents, still), feature_axes, orbits)
+    return LinearisedStep(step, feature_axes, orbits).growth(state, batches, tangents)
 
 
 def predict_onset(
@@ -220,21 +214,63 @@ def one_sided_log_asymmetry(
     base = floats_of(state)
     deviations = [jax.tree.map(jnp.subtract, floats_of(each), base) for each in perturbed]
     tangents = jax.tree.map(lambda *x: jnp.stack(x), *deviations)
-    rest = _push_along(step, state, batches, tangents, feature_axes, orbits).log_asymmetry
+    linearised = LinearisedStep(step, feature_axes, orbits)
+    rest = linearised.push_along(state, batches, tangents).log_asymmetry
     return np.concatenate([np.array(logs, np.float64)[:-1], rest])
 
 
-def _push_along(
-    step: Step,
-    state: State,
-    batches: Iterable[Any],
-    tangents: Tree,
-    feature_axes: Tree,
-    orbits: symmetry.Orbits | None,
-) -> Growth:
-    """`growth` of tangents that are floats [k, ...] like those of the whole state."""
+class LinearisedStep:
+    """The train step and its derivative, jitted once for all that is pushed through them.
 
-    def measure(state: State, basis: Tree, coefficients: jax.Array) -> dict[str, Tree]:
+    Args:
+        step, feature_axes, orbits: as in `growth`.
+    """
+
+    def __init__(
+        self, step: Step, feature_axes: Tree, orbits: symmetry.Orbits | None = None
+    ) -> None:
+        self._step, self._axes, self._orbits = step, feature_axes, orbits
+        self._start, self._push, self._measure = (
+            jit_in_mode(each, 'deterministic')
+            for each in (self._start_of, self._push_once, self._measured)
+        )
+
+    def lower(self, state: State, batch: Any, tangents: Tree) -> list[jax.stages.Lowered]:
+        """What `growth` calls with such arguments; once it is compiled, `growth` need not."""
+        tangents = self._with_rest(state, tangents)
+        basis, coefficients, _ = jax.eval_shape(self._start, tangents)
+        return [
+            self._start.lower(tangents),
+            self._push.lower(state, basis, coefficients, batch),
+            self._measure.lower(state, basis, coefficients),
+        ]
+
+    def growth(self, state: State, batches: Iterable[Any], tangents: Tree) -> Growth:
+        """See the function `growth`."""
+        check = functools.partial(
+            symmetry.is_symmetric, feature_axes=self._axes, orbits=self._orbits
+        )
+        # Eagerly, each shape would be compiled.
+        if not jit_in_mode(check, 'deterministic')(state[0]):
+            raise ValueError('state: its params are not symmetric')
+        return self.push_along(state, batches, self._with_rest(state, tangents))
+
+    def _with_rest(self, state: State, tangents: Tree) -> Tree:
+        """Tangents of the params as such of the whole state, the rest of which stays."""
+        count = len(jax.tree.leaves(tangents)[0])
+        rest = floats_of(state[1])
+        return tangents, jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), rest)
+
+    def push_along(self, state: State, batches: Iterable[Any], tangents: Tree) -> Growth:
+        """`growth` of tangents that are floats [k, ...] like those of the whole state."""
+        basis, coefficients, first = self._start(tangents)
+        records = [first | self._measure(state, basis, coefficients)]
+        for batch in batches:
+            state, basis, coefficients, sizes = self._push(state, basis, coefficients, batch)
+            records.append(sizes | self._measure(state, basis, coefficients))
+        return _growth_of(records)
+
+    def _measured(self, state: State, basis: Tree, coefficients: jax.Array) -> dict[str, Tree]:
         """Of the tangents, which are the basis times the columns of the coefficients [k, k]."""
         tangents = jax.tree.map(
             lambda x: jnp.tensordot(coefficients.astype(x.dtype), x, (0, 0), precision='highest'),
@@ -243,20 +279,20 @@ def _push_along(
 
         def of_one(tangent: Tree) -> dict[str, Tree]:
             by_stream = symmetry.asymmetry_by_stream(
-                tangent[0], feature_axes, orbits, relative_to=state[0]
+                tangent[0], self._axes, self._orbits, relative_to=state[0]
             )
-            distances = symmetry.distance(tangent[0], feature_axes, orbits)
+            distances = symmetry.distance(tangent[0], self._axes, self._orbits)
             return {
                 'log_by_stream': jax.tree.map(jnp.log, by_stream),
                 'log_distance': jnp.log(jnp.sqrt(sum(x**2 for x in distances.values()))),
             }
 
-        largest = symmetry.largest_weights(state[0], feature_axes)
+        largest = symmetry.largest_weights(state[0], self._axes)
         return jax.vmap(of_one)(tangents) | {'log_largest': jax.tree.map(jnp.log, largest)}
 
-    def transverse(tangents: Tree) -> Tree:
+    def _transverse(self, tangents: Tree) -> Tree:
         params, rest = tangents
-        parts = jax.vmap(lambda x: symmetry.transverse(x, feature_axes, orbits))(params)
+        parts = jax.vmap(lambda x: symmetry.transverse(x, self._axes, self._orbits))(params)
         # Equal features of which none is finite have a transverse part of 0, but are no tangent.
         return jax.tree.map(
             lambda part, x: jnp.where(jnp.all(jnp.isfinite(x)), part, jnp.full_like(part, jnp.nan)),
@@ -264,41 +300,37 @@ def _push_along(
             params,
         ), rest
 
-    def start(tangents: Tree) -> Any:
-        basis, r = _orthonormalised(transverse(tangents))
+    def _start_of(self, tangents: Tree) -> Any:
+        basis, r = _orthonormalised(self._transverse(tangents))
         sizes = jnp.linalg.norm(r, axis=0)
         coefficients = r / sizes[None, :]
         return basis, coefficients, {'size': sizes}
 
-    def push(state: State, basis: Tree, coefficients: jax.Array, batch: Any) -> Any:
+    def _push_once(self, state: State, basis: Tree, coefficients: jax.Array, batch: Any) -> Any:
         floats, others = floats_of(state), others_of(state)
 
         def advance(floats: Tree) -> tuple[Tree, Tree]:
-            new_state = step(merged(floats, others), batch)
+            new_state = self._step(merged(floats, others), batch)
             return floats_of(new_state), others_of(new_state)
 
         floats, linearised, others = jax.linearize(advance, floats, has_aux=True)
         # Transverse tangents stay so but for rounding, which may grow faster than they do.
-        basis, r = _orthonormalised(transverse(jax.vmap(linearised)(basis)))
+        basis, r = _orthonormalised(self._transverse(jax.vmap(linearised)(basis)))
         params, rest = merged(floats, others)
-        state = symmetry.project(params, feature_axes, orbits), rest
+        state = symmetry.project(params, self._axes, self._orbits), rest
         coefficients = jnp.matmul(r, coefficients, precision='highest')
         sizes = jnp.linalg.norm(coefficients, axis=0)
         coefficients = coefficients / sizes[None, :]
         return state, basis, coefficients, {'size': sizes, 'stretch': jnp.diagonal(r)}
 
-    push = jit_in_mode(push, 'deterministic')
-    measure = jit_in_mode(measure, 'deterministic')
-    basis, coefficients, first = jit_in_mode(start, 'deterministic')(tangents)
-    records = [first | measure(state, basis, coefficients)]
-    for batch in batches:
-        state, basis, coefficients, sizes = push(state, basis, coefficients, batch)
-        records.append(sizes | measure(state, basis, coefficients))
+
+def _growth_of(records: list[dict[str, Any]]) -> Growth:
+    """Of what was measured before the first step and after each."""
 
     def stacked(values: Iterable[Any]) -> np.ndarray:
         return np.array(list(values), np.float64)
 
-    count = len(first['size'])
+    count = len(records[0]['size'])
     sizes = stacked(record['size'] for record in records)
     bad = np.flatnonzero(~np.all(np.isfinite(sizes) & (sizes > 0), axis=1))
     if len(bad) and bad[0] == 0:

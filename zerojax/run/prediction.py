@@ -3,6 +3,7 @@
 import functools
 import time
 from collections.abc import Callable
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -66,6 +67,7 @@ class Predictor:
             check_symmetric(self._program, params)
             self._broken = self._find_broken()
             self._features = features
+            on_host = jax.device_get(params)  # there, or each shape would be compiled
             any_order = {name: np.zeros(count) for name, count in self.stream_sizes.items()}
             _, shares = prediction.arranged(any_order, features)
             # One share of a stream that stays symmetric: several would not, to rounding.
@@ -78,14 +80,14 @@ class Predictor:
             )
             self._reduced = Reduction(self._program, self._shares)
             self._start = self._reduced.state(
-                quotient.reduce(params, self._axes, self._shares), config.seed
+                quotient.reduce(on_host, self._axes, self._shares), config.seed
             )
             self._follower = prediction.Follower(self._reduced.step, self._axes)
             self._batches = self._sources()
             halves = quotient.shares(self.stream_sizes, 2)
             self._pair = Reduction(self._pair_program(), halves)
             self._pair_start = self._pair.state(
-                quotient.reduce(params, self._axes, halves), config.seed
+                quotient.reduce(on_host, self._axes, halves), config.seed
             )
 
     def _find_broken(self) -> list[str]:
@@ -165,14 +167,22 @@ class Predictor:
     @functools.cached_property
     def _growth(self) -> stability.Growth:
         """Of a tangent for each broken stream."""
-        tangents = prediction.two_features(self._own_noise, self._axes)
+        linearised = stability.LinearisedStep(self._pair.step, self._axes)
+        any_tangents = self._tangents(self._draw_noise(self.config.perturbation.seed))
+        with numbers_of(self.config.param_dtype), futures.ThreadPoolExecutor(1) as pool:
+            lowered = linearised.lower(self._pair_start, self._batches[0], any_tangents)
+            # Takes longest of all; beside it, what compiles and computes the covectors.
+            compiling = pool.submit(lambda: [each.compile() for each in lowered])
+            tangents = self._tangents(self._own_noise)
+            compiling.result()
+            return linearised.growth(self._pair_start, self._batches, tangents)
+
+    def _tangents(self, noise: Tree) -> Tree:
+        tangents = prediction.two_features(noise, self._axes)
         broken = [symmetry.stream_names(self._axes).index(name) for name in self._broken]
         with numbers_of(self.config.param_dtype):
-            tangents = jax.tree.map(
+            return jax.tree.map(
                 lambda x, w: jnp.asarray(x[broken], w.dtype), tangents, self._pair_start[0]
-            )
-            return stability.growth(
-                self._pair.step, self._pair_start, self._batches, tangents, self._axes
             )
 
     @functools.cached_property
