@@ -17,15 +17,15 @@ import numpy as np
 
 from configs import cifar, fashion_mnist
 from experiments import runs
-from experiments.trajectories import Laboratory
+from experiments.trajectories import METHODS, Laboratory
 from zerojax.host import records
 from zerojax.measure import stability
 from zerojax.perturb import Perturbation
 from zerojax.predict import median_onset
+from zerojax.run.prediction import largest
 
 SCALES = (1e-3, 1e-5)
 SHORTCUTS = ('pre_relu', 'post_relu')
-METHODS = ('linear', 'reduced')
 STEPS, SHARE = 3, 0.05  # a prediction is right if it is off by no more than one of them
 
 
@@ -55,7 +55,7 @@ def measure(laboratory: Laboratory, seeds: int) -> list[dict[str, Any]]:
             'scale': scale,
             'measured': [run.onset() for run in measured[scale]],
             **{
-                method: [stability.predict_onset(each[method][i]) for each in predicted]
+                method: [stability.predict_onset(largest(each[method][i])) for each in predicted]
                 for method in METHODS
             },
         }

@@ -22,6 +22,7 @@ from experiments.trajectories import ONSET, Laboratory, Trajectory
 from zerojax.host import records
 from zerojax.measure import kinks, stability
 from zerojax.perturb import NONE, Perturbation
+from zerojax.run import prediction
 from zerojax.run.building import build_optimizer, scalars_of
 from zerojax.step import TrainState, cross_entropy, train_step_function
 from zerojax.step.determinism import jit_in_mode
@@ -76,7 +77,8 @@ class Prediction(Laboratory):
 
     def reduced(self, seed: int) -> dict[float, np.ndarray]:
         """{scale: log of the asymmetry that a reduced network has, [num_steps + 1]}."""
-        return dict(zip(SCALES, self.predict(seed, SCALES)['reduced'], strict=True))
+        curves = map(prediction.largest, self.predict(seed, SCALES)['reduced'])
+        return dict(zip(SCALES, curves, strict=True))
 
     def features_on_kinks(self, seed: int) -> list[dict[str, list[int]]]:
         """{layer: [inputs exactly at a kink, those that the perturbation moves]} of each step."""

@@ -9,10 +9,12 @@ that is stopped goes on where it was.
 import dataclasses
 import hashlib
 import json
+import math
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -24,13 +26,14 @@ from zerojax.measure.stability import ONSET
 from zerojax.perturb import NONE, Perturbation
 from zerojax.run.building import Source, keeps_last, scalars_of
 from zerojax.run.checks import resolve
-from zerojax.run.prediction import Predictor, largest
+from zerojax.run.prediction import Curves, Predictor
 from zerojax.run.program import Programs
 from zerojax.step import TrainState
 from zerojax.step.precision import numbers_of
 from zerojax.sweep import Job, folder_name, sweep
 
 FEATURES = 8  # of a stream of the reduced networks
+METHODS = ('linear', 'reduced')  # of prediction
 
 Arm = TypeVar('Arm')
 
@@ -42,12 +45,14 @@ class Trajectory:
     Attributes:
         loss: of the training batch of each step, [num_steps], in nats.
         asymmetry: the largest of any layer after each step, [num_steps].
+        by_stream: the same of each stream.
         accuracy: on the held-out set after the last step.
         broken_at_step: as in summary.json; None if it never was.
     """
 
     loss: np.ndarray
     asymmetry: np.ndarray
+    by_stream: dict[str, np.ndarray]
     accuracy: float
     broken_at_step: int | None
 
@@ -70,6 +75,10 @@ def read_trajectory(workdir: pathlib.Path) -> Trajectory:
     return Trajectory(
         np.array([line['loss'] for line in lines]),
         np.array([line['asymmetry'] for line in lines]),
+        {
+            name: np.array([line['asymmetry_by_stream'][name] for line in lines])
+            for name in lines[0]['asymmetry_by_stream']
+        },
         summary['eval_accuracy'],
         summary['broken_at_step'],
     )
@@ -140,12 +149,12 @@ class Laboratory:
             records.write_json(file, fields | result)
         return records.read_json(file, list(fields))
 
-    def predict(self, seed: int, scales: Sequence[float]) -> dict[str, list[np.ndarray]]:
+    def predict(self, seed: int, scales: Sequence[float]) -> dict[str, list[Curves]]:
         """For Gaussian noise of a seed, what small networks say of the run with each scale.
 
         Returns:
-            'linear' and 'reduced' (see `Predictor`): for each scale the natural logarithm of the
-            largest asymmetry, [num_steps + 1].
+            'linear' and 'reduced' (see `Predictor`): for each scale the natural logarithm of each
+            stream's asymmetry, [num_steps + 1]; NaN where it is not finite.
         """
 
         def compute() -> records.Record:
@@ -157,13 +166,19 @@ class Laboratory:
                 'linear': [predictor.linear(scale) for scale in scales],
                 'reduced': [predictor.reduced(own, scale) for scale in scales],
             }
-            return {
-                name: [largest(each).tolist() for each in of_all] for name, of_all in curves.items()
-            }
+            return jax.tree.map(
+                lambda log: [x if math.isfinite(x) else None for x in log.tolist()], curves
+            )
 
-        fields = {'predict': 'small', 'features': FEATURES, 'scales': list(scales)}
+        fields = {'predict': 'streams', 'features': FEATURES, 'scales': list(scales)}
         found = self.remember(compute, seed=seed, **fields)
-        return {name: [np.array(log) for log in found[name]] for name in ('linear', 'reduced')}
+        return {
+            method: [
+                {name: np.array(log, np.float64) for name, log in each.items()}
+                for each in found[method]
+            ]
+            for method in METHODS
+        }
 
     def initial_state(self, seed: int) -> TrainState:
         """The unperturbed state before the first step; the seed decides the noise to come too."""

@@ -11,6 +11,7 @@ import pytest
 
 from configs import onset as onset_config
 from experiments import (
+    curves,
     hardware,
     held_out,
     onset,
@@ -71,9 +72,12 @@ class Fake:
             asymmetry[p.at_step :] = np.geomspace(1e-3, 1, config.num_steps - p.at_step)
         workdir.mkdir(parents=True)
         lines = [
-            {'step': i + 1, 'kind': 'train', 'loss': 2.0, 'asymmetry': x}
+            {
+                'step': i + 1, 'kind': 'train', 'loss': 2.0, 'asymmetry': x,
+                'asymmetry_by_stream': {'stem': x, 'block2_0': x / 10},
+            }
             for i, x in enumerate(asymmetry)
-        ]
+        ]  # fmt: skip
         lines.append({'step': config.num_steps, 'kind': 'eval', 'loss': 2.0})
         (workdir / 'metrics.jsonl').write_text(''.join(json.dumps(x) + '\n' for x in lines))
         broken_at_step = p.at_step if asymmetry.any() else None
@@ -154,7 +158,7 @@ def test_predictions_are_remembered_for_this_config_alone(toy_config, tmp_path):
 
 
 def test_onset_counts_updates():
-    got = Trajectory(np.zeros(4), np.array([1e-9, 0.09, 0.1, 2.0]), 0.1, 0)
+    got = Trajectory(np.zeros(4), np.array([1e-9, 0.09, 0.1, 2.0]), {}, 0.1, 0)
     assert got.onset() == 3
     assert trajectories.first_at_least(np.full(3, np.nan), 0.1) is None
 
@@ -276,7 +280,7 @@ def test_held_out(experiment, fake, monkeypatch):
     }
     monkeypatch.setattr(held_out, 'settings', lambda: found)
     reaches, never = np.log([0.0001, 0.001, 0.01, 0.1, 0.2, 0.3]), np.full(STEPS + 1, -9.0)
-    predicted = {'linear': [never, never], 'reduced': [reaches, reaches]}
+    predicted = {'linear': [{'stem': never}] * 2, 'reduced': [{'stem': reaches}] * 2}
     monkeypatch.setattr(Laboratory, 'predict', lambda self, seed, scales: predicted)
     held_out.run(experiment)
     rows = table(experiment)
@@ -288,6 +292,23 @@ def test_held_out(experiment, fake, monkeypatch):
         linear, reduced = csv.DictReader(file)
     assert linear['within 3 steps or 5%'] == '0' and linear['one of them never comes'] == '8'
     assert reduced['within 3 steps or 5%'] == '8' and reduced['largest error (steps)'] == '1.0'
+
+
+def test_curves(experiment, fake, monkeypatch):
+    """Predicted is ten times what is measured in one stream, and the very thing in the other."""
+    log = np.concatenate([[-9.0], np.log(np.geomspace(1e-3, 1, STEPS))])
+    of_streams = {'stem': log, 'block2_0': log}
+    predicted = {'linear': [of_streams] * 2, 'reduced': [of_streams] * 2}
+    monkeypatch.setattr(Laboratory, 'predict', lambda self, seed, scales: predicted)
+    curves.run(experiment)
+    rows = table(experiment)
+    assert [(row['stream'], row['seed']) for row in rows[:4]] == [
+        ('stem', '0'), ('block2_0', '0'), ('stem', '1'), ('block2_0', '1'),
+    ]  # fmt: skip
+    for row in rows:
+        off = '0.00' if row['stream'] == 'stem' else '1.00'
+        for method in trajectories.METHODS:
+            assert (row[f'{method}, median'], row[f'{method}, largest']) == (off, off)
 
 
 def test_a_median_that_never_comes_is_no_error_if_neither_does():
@@ -313,14 +334,15 @@ def test_small_networks_predict_what_the_run_of_the_seed_does(toy_config, tmp_pa
     with jax.numpy_dtype_promotion('standard'):  # optax's schedule mixes int32 and float
         predicted = laboratory.predict(1, [1e-4])
     measured = laboratory.run(Perturbation('gaussian', 1e-4), seed=1).asymmetry
-    for method in held_out.METHODS:
+    for method in trajectories.METHODS:
         # The larger of two parts stands for their sum.
-        assert np.all(np.abs(predicted[method][0][1:] - np.log(measured)) < math.log(2))
+        (curve,) = predicted[method][0].values()
+        assert np.all(np.abs(curve[1:] - np.log(measured)) < math.log(2))
 
 
 def test_a_seed_that_never_starts_is_drawn_as_such(experiment):
     _, axes = runs.new_figure(1, 1)
-    never = Trajectory(np.ones(STEPS), np.zeros(STEPS), 0.1, None)
+    never = Trajectory(np.ones(STEPS), np.zeros(STEPS), {}, 0.1, None)
     found = {'num_steps': STEPS, 'measured': {1e-30: [never], 1e-6: [never]}, 'one_sided': [{}]}
     low = np.full(STEPS + 1, -100.0)
     onset.draw_onsets(axes, found | {'linear': [low], 'reduced': [{1e-30: low, 1e-6: low}]})
