@@ -26,7 +26,7 @@ class Reduction:
     Attributes:
         model: the small network, to be applied to reduced variables.
         step: the train step, a pure (state, source) -> state with a state (params, rest), see
-            `zerojax.stability`.
+            `zerojax.measure.stability`.
     """
 
     def __init__(self, program: Program, orbits: symmetry.Orbits) -> None:
