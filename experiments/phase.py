@@ -5,14 +5,15 @@
 Networks of two features a stream tell how fast small asymmetry of each stream grows, per step over
 the second half of the steps, and what becomes of the symmetric network itself: it learns, or learns
 nothing (its loss is no better than a constant answer's), or is not finite. Beside each point of
-learning rate and weight decay stand runs with noise of 1e-4 on the initial weights: does training
-start in them, and does their asymmetry grow as predicted before it does? At most 300 steps, at a
-constant learning rate; predictions are of the batches of the config's seed. 2 seeds of the runs, in
-20 minutes on two CPU cores. See `experiments.runs` for flags and restarts.
+learning rate and weight decay stands a run with noise of 1e-4 on the initial weights and the same
+batches: does training start in it, and does its asymmetry grow as predicted before it does? At most
+300 steps, at a constant learning rate; growth.csv has the growth of all streams. 2 seeds, in 20
+minutes on two CPU cores. See `experiments.runs` for flags and restarts.
 """
 
 import dataclasses
 import functools
+import itertools
 import math
 import pathlib
 import statistics
@@ -23,8 +24,11 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from matplotlib.colors import Normalize, SymLogNorm
+from matplotlib.artist import Artist
+from matplotlib.colors import Normalize, SymLogNorm, to_rgb
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.patheffects import withStroke
 from ml_collections import ConfigDict
 
 from experiments import runs
@@ -43,16 +47,16 @@ from zerojax.symmetry import quotient
 from zerojax.symmetry.orbits import feature_counts
 
 LEARNING_RATES = (0.01, 0.03, 0.1, 0.3, 0.6, 1.0, 3.0)
-WEIGHT_DECAYS = (0.0, 5e-4, 3e-3, 1e-2, 3e-2, 0.1, 0.3)
+WEIGHT_DECAYS = (5e-4, 1e-2, 3e-2, 0.1, 0.3)
 DEPTHS = (7, 10, 16, 22, 34)
 MAX_STEPS = 300
-SCALE = 1e-4  # of the noise in runs
+SCALE = 1e-4  # of the noise of runs
 LEARNT = 0.99  # of a constant answer's loss: what has a larger one has learnt nothing
 
 # What becomes of small asymmetry, or of the symmetric network without it.
 GROWS, DIES, NOTHING, NOT_FINITE = 'grows', 'dies', 'learns nothing', 'not finite'
 # What runs do that learn: their asymmetry reaches `ONSET`, or never does.
-STARTS, STAYS = 'starts', 'stays symmetric'
+STARTS, STAYS = 'starts', 'does not start'
 EXPECTED = {GROWS: STARTS, DIES: STAYS, NOTHING: NOTHING, NOT_FINITE: NOT_FINITE}
 
 
@@ -146,7 +150,8 @@ def growth_in(run: Run | None, point: Point) -> tuple[str, float, float] | None:
 class Pairs(Laboratory):
     """Networks of two features a stream, and runs, at any learning rate and weight decay.
 
-    These two are arguments of all compiled programs, which are the same for all points.
+    These two are arguments of all compiled programs, which are the same for all points. The
+    config's seed decides the batches, and the noise of runs.
     """
 
     @functools.cached_property
@@ -237,16 +242,18 @@ class Pairs(Laboratory):
         }
         return {'curves': curves, 'error': None}
 
-    def run_at(self, point: Point, seed: int) -> Run | None:
+    def run_at(self, point: Point) -> Run | None:
         """A run at the point; None if it ended with what is not finite."""
         fields = {
             'optimizer.learning_rate': point.learning_rate,
             'optimizer.weight_decay': point.weight_decay,
-            'seed': seed,
+            'seed': self.config.seed,
         }
         noise = {
-            'perturbation.kind': 'gaussian', 'perturbation.scale': SCALE, 'perturbation.seed': seed,
-        }  # fmt: skip
+            'perturbation.kind': 'gaussian',
+            'perturbation.scale': SCALE,
+            'perturbation.seed': self.config.seed,
+        }
         workdir = self.folder / folder_name(fields)
         job = runs.changed(self.config, **fields, **noise), workdir
         try:
@@ -273,44 +280,67 @@ def short(config: ConfigDict, folder: pathlib.Path) -> ConfigDict:
     return runs.changed(config, num_steps=num_steps, num_epochs=None, **{'optimizer.drop_at': ()})
 
 
-Grid = dict[tuple[int, int], tuple[Point, list[Run | None]]]  # by number of rate and of decay
+Case = tuple[Point, Run | None]  # of a seed
+Grid = dict[tuple[int, int], list[Case]]  # by number of rate and of decay
 
 
-def measure_grid(pairs: Pairs, seeds: int) -> Grid:
-    points = {}
-    for i, learning_rate in enumerate(LEARNING_RATES):
-        for j, weight_decay in enumerate(WEIGHT_DECAYS):
-            print(f'-- learning rate {learning_rate:g}, weight decay {weight_decay:g}', flush=True)
-            points[i, j] = pairs.point(learning_rate, weight_decay)
-    return {
-        place: (point, [pairs.run_at(point, seed) for seed in range(seeds)])
-        for place, point in points.items()
-    }
+def measure_grid(of_seeds: Sequence[Pairs]) -> Grid:
+    grid: Grid = {}
+    for pairs in of_seeds:
+        for i, learning_rate in enumerate(LEARNING_RATES):
+            for j, weight_decay in enumerate(WEIGHT_DECAYS):
+                print(f'-- {learning_rate=:g}, {weight_decay=:g}, seed {pairs.config.seed}')
+                point = pairs.point(learning_rate, weight_decay)
+                grid.setdefault((i, j), []).append((point, pairs.run_at(point)))
+    return grid
 
 
-def row_of(point: Point, its_runs: Sequence[Run | None]) -> dict[str, Any]:
-    fates = [fate_of(run, point.constant_loss) for run in its_runs]
-    onsets = [None if run is None else run.onset() for run in its_runs]
-    growths = [growth_in(run, point) for run in its_runs]
-    finite = [run for run in its_runs if run is not None]
-    agreeing = sum(fate == EXPECTED[point.fate()] for fate in fates)
+def row_of(points: Sequence[Point], its_runs: Sequence[Run | None]) -> dict[str, Any]:
+    """Of one point of the grid, with each seed; no runs if none were trained."""
+    cases = list(zip(points, its_runs, strict=False))
+    fates = [fate_of(run, point.constant_loss) for point, run in cases]
+    onsets = [None if run is None else run.onset() for _, run in cases]
+    growths = [growth_in(run, point) for point, run in cases]
+    agreeing = sum(
+        EXPECTED[point.fate()] == fate for point, fate in zip(points, fates, strict=False)
+    )
     row = {
-        'depth': point.depth,
-        'learning rate': f'{point.learning_rate:g}',
-        'weight decay': f'{point.weight_decay:g}',
-        'predicted': point.failure or point.fate(),
-        'growth a step': ', '.join(f'{name} {x:+.4f}' for name, x in point.growth().items()),
-        'symmetric loss': '' if point.loss is None else f'{point.loss:.3f}',
+        'depth': str(points[0].depth),
+        'learning rate': f'{points[0].learning_rate:g}',
+        'weight decay': f'{points[0].weight_decay:g}',
+        'n': str(len(points)),
+        'predicted': ', '.join(point.failure or point.fate() for point in points),
+        'largest growth a step': ', '.join(
+            named(max(point.growth().items(), key=lambda each: each[1], default=None))
+            for point in points
+        ),
         'runs': ', '.join(fates),
         'as predicted': f'{agreeing} of {len(fates)}' if fates else '',
         'step of onset': ', '.join('never' if x is None else str(x) for x in onsets),
         'growth before it: predicted, measured': '; '.join(
-            '-' if x is None else f'{x[0]} {x[1]:+.3f}, {x[2]:+.3f}' for x in growths
+            '-' if x is None else f'{named(x[:2])}, {x[2]:+.3f}' for x in growths
         ),
-        'loss of runs': ', '.join(f'{run.last_loss():.3f}' for run in finite),
-        'held-out accuracy': ', '.join(f'{run.accuracy:.3f}' for run in finite),
+        'loss, symmetric': ', '.join('-' if x.loss is None else f'{x.loss:.3f}' for x in points),
+        'loss, runs': ', '.join('-' if x is None else f'{x.last_loss():.3f}' for x in its_runs),
+        'held-out accuracy': ', '.join('-' if x is None else f'{x.accuracy:.3f}' for x in its_runs),
     }
     return {column: value or '-' for column, value in row.items()}
+
+
+def named(growth: tuple[str, float] | None) -> str:
+    return '-' if growth is None else f'{growth[0]} {round(growth[1], 3) + 0.0:+.3f}'
+
+
+def growth_rows(points: Sequence[Point]) -> list[dict[str, Any]]:
+    """Of a point of the grid, with each seed."""
+    return [
+        {
+            'depth': point.depth, 'learning rate': point.learning_rate,
+            'weight decay': point.weight_decay, 'seed': seed, 'stream': stream, 'growth': growth,
+        }
+        for seed, point in enumerate(points)
+        for stream, growth in point.growth().items()
+    ]  # fmt: skip
 
 
 HATCHES: dict[str, dict[str, Any]] = {
@@ -320,37 +350,61 @@ HATCHES: dict[str, dict[str, Any]] = {
 
 
 def draw(
-    experiment: runs.Experiment, grid: Grid, depths: list[Point], streams: list[str], num_steps: int
+    experiment: runs.Experiment,
+    grid: Grid,
+    depths: list[list[Point]],
+    streams: list[str],
+    num_steps: int,
 ) -> None:
     columns = 3
     rows = -(-(len(streams) + 3) // columns)
-    figure, axes = runs.new_figure(rows, columns, width=15, height=4.5 * rows + 0.7)
+    figure, axes = runs.new_figure(rows, columns, width=15, height=4.2 * rows + 0.8)
     panels = list(np.ravel(axes))
-    of_streams, (accuracy, scatter, depth, *spare) = panels[: len(streams)], panels[len(streams) :]
-    sizes = [abs(x) for point, _ in grid.values() for x in point.growth().values()]
+    of_streams, (scatter, depth, accuracy, *spare) = panels[: len(streams)], panels[len(streams) :]
+    fates = {place: [point.fate() for point, _ in cases] for place, cases in grid.items()}
+    growth = {
+        stream: {
+            place: mean([point.growth().get(stream) for point, _ in cases])
+            for place, cases in grid.items()
+        }
+        for stream in streams
+    }
+    sizes = [abs(x) for values in growth.values() for x in values.values() if x is not None]
     largest = max([*sizes, 1 / num_steps])
     norm = SymLogNorm(1 / num_steps, vmin=-largest, vmax=largest)
     for panel, stream in zip(of_streams, streams, strict=True):
-        values = {place: point.growth().get(stream) for place, (point, _) in grid.items()}
-        fates = {place: [point.fate()] for place, (point, _) in grid.items()}
-        image = draw_map(panel, values, fates, cmap='RdBu_r', norm=norm, form='+.3f')
+        image = draw_map(panel, growth[stream], fates, cmap='RdBu_r', norm=norm, form='+.3f')
         panel.set_title(f'predicted growth of stream {stream}')
     bar = figure.colorbar(image, ax=of_streams, label='growth (natural logarithm per step)')
     ticks = [x for x in (-0.1, -0.01, 0, 0.01, 0.1) if abs(x) <= largest]
     bar.set_ticks(ticks, labels=[f'{x:g}' for x in ticks])
-    draw_accuracy(accuracy, grid)
     draw_growth(scatter, grid, streams)
     draw_depths(depth, depths, streams)
+    draw_accuracy(accuracy, grid)
     for panel in spare:
         panel.set_axis_off()
-    figure.legend(
-        handles=[
-            Patch(**HATCHES[NOTHING], label='the symmetric network, or a run, learns nothing'),
-            Patch(**HATCHES[NOT_FINITE], label='it is not finite'),
-        ],
-        loc='outside lower center', ncols=2, frameon=False,
-    )  # fmt: skip
+    handles: list[Artist] = [
+        Patch(**HATCHES[NOTHING], label='learns nothing with some seed'),
+        Patch(**HATCHES[NOT_FINITE], label='is not finite with some seed'),
+        Line2D([], [], **dot('0.3', hollow=True), label='symmetric network learns nothing'),
+    ]
+    for i, stream in enumerate(streams):
+        handles.append(Line2D([], [], marker='o', ms=5, label=f'stream {stream}', **runs.style(i)))
+    figure.legend(handles=handles, loc='outside lower center', ncols=6, frameon=False)
     runs.save_figure(experiment, figure)
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """Of those that there are."""
+    found = [x for x in values if x is not None]
+    return statistics.fmean(found) if found else None
+
+
+def dot(color: str, *, hollow: bool) -> dict[str, Any]:
+    """How a run is drawn."""
+    return {
+        'color': color, 'marker': 'o', 'ms': 5, 'ls': '', 'mfc': 'none' if hollow else color,
+    }  # fmt: skip
 
 
 def draw_map(
@@ -368,14 +422,16 @@ def draw_map(
         table[j, i] = np.nan if value is None else value
     image = axes.imshow(table, cmap=cmap, norm=norm, origin='lower', aspect='auto')
     for (i, j), value in values.items():
-        for fate in (NOT_FINITE, NOTHING):
-            if fate in fates[i, j]:
-                axes.add_patch(Rectangle((i - 0.5, j - 0.5), 1, 1, **HATCHES[fate]))
-                break
+        worst = [fate for fate in HATCHES if fate in fates[i, j]][-1:]
+        for fate in worst:
+            axes.add_patch(Rectangle((i - 0.5, j - 0.5), 1, 1, **HATCHES[fate]))
         if value is not None:
-            luminance = np.dot(image.cmap(norm(value))[:3], (0.3, 0.6, 0.1))
-            color = 'white' if luminance < 0.5 else 'black'
-            axes.text(i, j, format(value, form), ha='center', va='center', fontsize=8, color=color)
+            background = '0.8' if worst == [NOT_FINITE] else image.cmap(norm(value))
+            axes.text(
+                i, j, format(round(value, 3) + 0.0, form), ha='center', va='center', fontsize=8,
+                color='white' if luminance(background) < 0.5 else 'black',
+                path_effects=[withStroke(linewidth=3, foreground=background)],
+            )  # fmt: skip
     axes.grid(visible=False)
     axes.set_xticks(range(len(LEARNING_RATES)), [f'{x:g}' for x in LEARNING_RATES])
     axes.set_yticks(range(len(WEIGHT_DECAYS)), [f'{x:g}' for x in WEIGHT_DECAYS])
@@ -383,79 +439,83 @@ def draw_map(
     return image
 
 
+def luminance(color: Any) -> float:
+    return float(np.dot(to_rgb(color), (0.3, 0.6, 0.1)))
+
+
 def draw_accuracy(axes: Any, grid: Grid) -> None:
     """Of the runs: mean of those that are finite."""
     values, fates = {}, {}
-    for place, (point, its_runs) in grid.items():
-        found = [run.accuracy for run in its_runs if run is not None]
-        values[place] = statistics.fmean(found) if found else None
-        fates[place] = [fate_of(run, point.constant_loss) for run in its_runs]
+    for place, cases in grid.items():
+        values[place] = mean([None if run is None else run.accuracy for _, run in cases])
+        fates[place] = [fate_of(run, point.constant_loss) for point, run in cases]
     image = draw_map(axes, values, fates, cmap='viridis', norm=Normalize(0, 1), form='.2f')
-    axes.figure.colorbar(image, ax=axes, label='held-out accuracy (mean of runs)')
+    axes.figure.colorbar(image, ax=axes, label='held-out accuracy')
     axes.set_title(f'runs with noise of {SCALE:g}')
 
 
 def draw_growth(axes: Any, grid: Grid, streams: list[str]) -> None:
-    """Predicted and measured, a dot for each run; hollow where the symmetric one learns nothing."""
-    found = {
-        (place, seed): growth
-        for place, (point, its_runs) in grid.items()
-        for seed, run in enumerate(its_runs)
-        if (growth := growth_in(run, point)) is not None
-    }
-    for (place, _), (stream, predicted, measured) in found.items():
-        color = runs.style(streams.index(stream))['color']
-        hollow = grid[place][0].fate() == NOTHING
-        axes.plot(
-            predicted, measured, 'o', color=color, ms=5, mfc='none' if hollow else color, alpha=0.8
-        )
-    ends = [x for _, *both in found.values() for x in both] or [0.0]
-    axes.plot([min(ends), max(ends)], [min(ends), max(ends)], color='0.5', lw=0.8)
-    for i, stream in enumerate(streams):
-        axes.plot([], [], 'o', ms=5, color=runs.style(i)['color'], label=stream)
-    axes.plot([], [], 'o', ms=5, color='0.5', mfc='none', label='symmetric network learns nothing')
+    """Predicted and measured growth of each run's fastest stream."""
+    both = []
+    for point, run in itertools.chain(*grid.values()):
+        if (growth := growth_in(run, point)) is not None:
+            stream, predicted, measured = growth
+            color = runs.style(streams.index(stream))['color']
+            axes.plot(predicted, measured, **dot(color, hollow=point.fate() == NOTHING))
+            both += [predicted, measured]
+    ends = [min(both, default=0), max(both, default=0)]
+    axes.plot(ends, ends, color='0.5', lw=0.8)
+    for scale in (axes.set_xscale, axes.set_yscale):
+        scale('symlog', linthresh=0.01)
     axes.set(
-        xlabel='predicted growth per step',
-        ylabel='measured growth per step',
+        xlabel='predicted growth (natural logarithm per step)',
+        ylabel='measured growth (natural logarithm per step)',
         title='fastest stream of each run, before onset',
     )
-    axes.legend(fontsize=8, frameon=False)
 
 
-def draw_depths(axes: Any, points: list[Point], streams: list[str]) -> None:
+def draw_depths(axes: Any, depths: list[list[Point]], streams: list[str]) -> None:
+    numbers = [points[0].depth for points in depths]
     for i, stream in enumerate(streams):
-        growth = [point.growth().get(stream, math.nan) for point in points]
-        depths = [point.depth for point in points]
-        axes.plot(depths, growth, marker='o', ms=4, lw=1.5, label=stream, **runs.style(i))
-    for point in points:
+        for of_seed in zip(*depths, strict=True):
+            growth = [point.growth().get(stream, math.nan) for point in of_seed]
+            axes.plot(numbers, growth, marker='o', ms=5, lw=1.5, **runs.style(i))
+    for point in itertools.chain(*depths):
         if point.fate() in HATCHES:
             axes.axvspan(point.depth - 0.4, point.depth + 0.4, zorder=0, **HATCHES[point.fate()])
     axes.axhline(0, color='0.5', lw=0.8)
-    axes.set_xticks([point.depth for point in points])
+    axes.set_xticks(numbers)
+    rate, decay = depths[0][0].learning_rate, depths[0][0].weight_decay
     axes.set(
         xlabel='depth (layers)',
-        ylabel='predicted growth per step',
-        title=f'learning rate {points[0].learning_rate:g}, weight decay {points[0].weight_decay:g}',
+        ylabel='predicted growth (natural logarithm per step)',
+        title=f'learning rate {rate:g}, weight decay {decay:g}; a line a seed',
     )
-    axes.legend(fontsize=8, frameon=False)
 
 
 def run(experiment: runs.Experiment) -> None:
     folder = experiment.workdir / 'runs'
     config = short(experiment.config, folder)
-    of_depths = [Pairs(runs.changed(config, **{'model.depth': each}), folder) for each in DEPTHS]
-    pairs = Pairs(config, folder)
-    grid = measure_grid(pairs, experiment.seeds)
+
+    def of_seeds(**fields: Any) -> list[Pairs]:
+        seeds = range(experiment.seeds)
+        return [Pairs(runs.changed(config, seed=seed, **fields), folder) for seed in seeds]
+
     depths = []
-    for each in of_depths:
-        print(f'-- depth {each.config.model.depth}', flush=True)
-        optimizer = config.optimizer
-        depths.append(each.point(optimizer.learning_rate, optimizer.weight_decay))
-    draw(experiment, grid, depths, symmetry.stream_names(pairs.axes), config.num_steps)
-    runs.write_table(
-        experiment,
-        [row_of(*each) for each in grid.values()] + [row_of(point, []) for point in depths],
-    )
+    for depth in DEPTHS:
+        print(f'-- {depth=}', flush=True)
+        rate, decay = config.optimizer.learning_rate, config.optimizer.weight_decay
+        depths.append([pairs.point(rate, decay) for pairs in of_seeds(**{'model.depth': depth})])
+    at_base = of_seeds()
+    grid = measure_grid(at_base)
+    draw(experiment, grid, depths, symmetry.stream_names(at_base[0].axes), config.num_steps)
+    points = [[point for point, _ in cases] for cases in grid.values()]
+    growths = [row for each in [*points, *depths] for row in growth_rows(each)]
+    if growths:
+        records.write_csv(experiment.workdir / 'growth.csv', growths)
+        print(f'{experiment.workdir}/growth.csv')
+    rows = [row_of(*zip(*cases, strict=True)) for cases in grid.values()]
+    runs.write_table(experiment, rows + [row_of(points, []) for points in depths])
 
 
 if __name__ == '__main__':
