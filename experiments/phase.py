@@ -6,9 +6,11 @@ Networks of two features a stream tell how fast small asymmetry of each stream g
 the second half of the steps, and what becomes of the symmetric network itself: it learns, or learns
 nothing (its loss is no better than a constant answer's), or is not finite. Beside each point of
 learning rate and weight decay stands a run with noise of 1e-4 on the initial weights and the same
-batches: does training start in it, and does its asymmetry grow as predicted before it does? At most
-300 steps, at a constant learning rate; growth.csv has the growth of all streams. 2 seeds, in 20
-minutes on two CPU cores. See `experiments.runs` for flags and restarts.
+batches: does training start in it, and does its asymmetry grow as predicted before it does? The
+prediction is linear, and knows nothing of features on a kink, as `post_relu` has them at the start;
+--config.model.shortcut=pre_relu has none. At most 300 steps, at a constant learning rate;
+growth.csv has the growth of all streams. 2 seeds, in 20 minutes on two CPU cores. See
+`experiments.runs` for flags and restarts.
 """
 
 import dataclasses
@@ -297,13 +299,10 @@ def measure_grid(of_seeds: Sequence[Pairs]) -> Grid:
 
 def row_of(points: Sequence[Point], its_runs: Sequence[Run | None]) -> dict[str, Any]:
     """Of one point of the grid, with each seed; no runs if none were trained."""
-    cases = list(zip(points, its_runs, strict=False))
-    fates = [fate_of(run, point.constant_loss) for point, run in cases]
-    onsets = [None if run is None else run.onset() for _, run in cases]
-    growths = [growth_in(run, point) for point, run in cases]
-    agreeing = sum(
-        EXPECTED[point.fate()] == fate for point, fate in zip(points, fates, strict=False)
-    )
+    fates = [fate_of(run, points[0].constant_loss) for run in its_runs]
+    expected = [EXPECTED[point.fate()] for point in points]
+    agreeing = sum(x == y for x, y in zip(fates, expected, strict=False))
+    growths = [growth_in(run, point) for run, point in zip(its_runs, points, strict=False)]
     row = {
         'depth': str(points[0].depth),
         'learning rate': f'{points[0].learning_rate:g}',
@@ -316,7 +315,9 @@ def row_of(points: Sequence[Point], its_runs: Sequence[Run | None]) -> dict[str,
         ),
         'runs': ', '.join(fates),
         'as predicted': f'{agreeing} of {len(fates)}' if fates else '',
-        'step of onset': ', '.join('never' if x is None else str(x) for x in onsets),
+        'step of onset': ', '.join(
+            '-' if run is None else str(run.onset() or 'never') for run in its_runs
+        ),
         'growth before it: predicted, measured': '; '.join(
             '-' if x is None else f'{named(x[:2])}, {x[2]:+.3f}' for x in growths
         ),
@@ -384,7 +385,7 @@ def draw(
     for panel in spare:
         panel.set_axis_off()
     handles: list[Artist] = [
-        Patch(**HATCHES[NOTHING], label='learns nothing with some seed'),
+        Patch(**HATCHES[NOTHING], label='network learns nothing with some seed'),
         Patch(**HATCHES[NOT_FINITE], label='is not finite with some seed'),
         Line2D([], [], **dot('0.3', hollow=True), label='symmetric network learns nothing'),
     ]
@@ -489,7 +490,7 @@ def draw_depths(axes: Any, depths: list[list[Point]], streams: list[str]) -> Non
     axes.set(
         xlabel='depth (layers)',
         ylabel='predicted growth (natural logarithm per step)',
-        title=f'learning rate {rate:g}, weight decay {decay:g}; a line a seed',
+        title=f'learning rate {rate:g}, weight decay {decay:g}, each seed',
     )
 
 

@@ -125,7 +125,7 @@ def test_what_runs_did_stands_beside_what_was_predicted():
     its_runs = [made_up_run(0.5), made_up_run(-0.5), made_up_run(0.5, loss=CHANCE), None]
     row = phase.row_of([point(0.4)] * 4, its_runs)
     assert row['runs'] == f'{STARTS}, {STAYS}, {NOTHING}, {NOT_FINITE}'
-    assert row['step of onset'] == '14, never, 14, never'
+    assert row['step of onset'] == '14, never, 14, -'
     assert row['growth before it: predicted, measured'] == (
         'a +0.400, +0.500; a +0.400, -0.500; a +0.400, +0.500; -'
     )
