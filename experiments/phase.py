@@ -291,7 +291,8 @@ def measure_grid(of_seeds: Sequence[Pairs]) -> Grid:
     for pairs in of_seeds:
         for i, learning_rate in enumerate(LEARNING_RATES):
             for j, weight_decay in enumerate(WEIGHT_DECAYS):
-                print(f'-- {learning_rate=:g}, {weight_decay=:g}, seed {pairs.config.seed}')
+                where = f'{learning_rate=:g}, {weight_decay=:g}, seed {pairs.config.seed}'
+                print(f'-- {where}', flush=True)
                 point = pairs.point(learning_rate, weight_decay)
                 grid.setdefault((i, j), []).append((point, pairs.run_at(point)))
     return grid
