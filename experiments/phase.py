@@ -258,12 +258,19 @@ class Pairs(Laboratory):
         }
         workdir = self.folder / folder_name(fields)
         job = runs.changed(self.config, **fields, **noise), workdir
-        try:
-            (summary,) = sweep([job], programs=self.programs)
-        except RunError as error:
-            if 'not finite' not in str(error):
-                raise
+
+        def compute() -> dict[str, Any]:
+            try:
+                sweep([job], programs=self.programs)
+            except RunError as error:
+                if 'not finite' not in str(error):
+                    raise
+                return {'error': str(error)}
+            return {'error': None}
+
+        if self.remember(compute, what='run', at=fields | noise)['error']:
             return None
+        (summary,) = sweep([job], programs=self.programs)  # it is finished
         lines = records.read_metrics(workdir / 'metrics.jsonl')
         lines = [line for line in lines if line['kind'] == 'train']
         asymmetry = {
