@@ -113,7 +113,6 @@ def sweep(
             alike.append(i)
         else:
             summaries[i] = summary
-    distributed.wait_for_all()  # none begins before all have seen what is finished
     if jax.process_count() > 1 and any(len(x) % (runs_at_once or 1) for x in pending.values()):
         raise UsageError(
             f'--runs_at_once={runs_at_once}: must divide the number of unfinished runs that share '

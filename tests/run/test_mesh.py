@@ -28,7 +28,9 @@ CALM = ['--config.model.init=random', '--config.perturbation.kind=none', '--conf
 
 
 def environment(devices):
-    return os.environ | {'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'}
+    # Without the cache of the tests: as by default, processes that share a run compile alike.
+    kept = {name: x for name, x in os.environ.items() if name != 'JAX_COMPILATION_CACHE_DIR'}
+    return kept | {'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'}
 
 
 def command(*arguments, module='main', program=None):
@@ -212,27 +214,6 @@ sys.exit(main.main(['main', *sys.argv[1:]]))
 def test_the_others_wait_while_the_first_alone_still_writes(tmp_path):
     finish(start_two(tmp_path, '--config.num_steps=4', program=['-c', SLOW_TO_DRAW]))
     assert (tmp_path / 'figures' / 'run.png').exists()
-
-
-# The second looks for what is finished when the first could long have begun.
-LATE_TO_LOOK = """
-import sys, time
-import jax
-from zerojax import sweep
-finished = sweep.finished
-def late(*arguments):
-    time.sleep(10 * jax.process_index())
-    return finished(*arguments)
-sweep.finished = late
-sys.exit(sweep.main(['sweep', *sys.argv[1:]]))
-"""
-
-
-@pytest.mark.slow
-def test_no_process_of_a_sweep_begins_before_all_have_looked(tmp_path):
-    flags = ['--seeds=2', '--runs_at_once=2', '--config.num_steps=4']
-    first, _ = finish(start_two(tmp_path, *flags, program=['-c', LATE_TO_LOOK], share=1))
-    assert 'sweep.csv: 2 of 2 runs' in first
 
 
 @pytest.mark.slow
