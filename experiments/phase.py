@@ -270,7 +270,7 @@ class Pairs(Laboratory):
 
         if self.remember(compute, what='run', at=fields | noise)['error']:
             return None
-        (summary,) = sweep([job], programs=self.programs)  # it is finished
+        summary = records.read_json(workdir / 'summary.json')
         lines = records.read_metrics(workdir / 'metrics.jsonl')
         lines = [line for line in lines if line['kind'] == 'train']
         asymmetry = {
