@@ -10,7 +10,7 @@ import math
 import pathlib
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict, config_dict
@@ -20,10 +20,34 @@ from zerojax.host.errors import UsageError
 from zerojax.models import convolutions
 from zerojax.step import determinism, pruning
 
-DATASETS = (
-    'digits', 'cifar10', 'cifar100', 'fashion_mnist', 'mnist', 'svhn_cropped',
-    'imagenet_resized/32x32',
-)  # fmt: skip
+
+class DatasetFacts(NamedTuple):
+    """What is known of an image set without having it.
+
+    Attributes:
+        image_shape: (H, W, C).
+        num_classes: labels run from 0 to num_classes - 1.
+        splits: {name: number of examples}.
+    """
+
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    splits: dict[str, int]
+
+
+DATASETS = {
+    'digits': DatasetFacts((8, 8, 1), 10, {'train': 1437, 'test': 360}),
+    'cifar10': DatasetFacts((32, 32, 3), 10, {'train': 50_000, 'test': 10_000}),
+    'cifar100': DatasetFacts((32, 32, 3), 100, {'train': 50_000, 'test': 10_000}),
+    'fashion_mnist': DatasetFacts((28, 28, 1), 10, {'train': 60_000, 'test': 10_000}),
+    'mnist': DatasetFacts((28, 28, 1), 10, {'train': 60_000, 'test': 10_000}),
+    'svhn_cropped': DatasetFacts(
+        (32, 32, 3), 10, {'train': 73_257, 'test': 26_032, 'extra': 531_131}
+    ),
+    'imagenet_resized/32x32': DatasetFacts(
+        (32, 32, 3), 1000, {'train': 1_281_167, 'validation': 50_000}
+    ),
+}
 PARAM_DTYPES = ('float32', 'float64', 'bfloat16')
 
 
@@ -165,7 +189,7 @@ RULES: dict[str, Rule] = {
     'steps_per_call': _COUNT,
     'param_dtype': _one_of(PARAM_DTYPES),
     'mesh.data': _COUNT,
-    'dataset.name': _one_of(DATASETS),
+    'dataset.name': _one_of(tuple(DATASETS)),
     'determinism.mode': _one_of(determinism.MODES),
     'perturbation.seed': _SEED,
     'perturbation.at_step': _between(0, INT32),
@@ -345,26 +369,33 @@ def read(file: pathlib.Path) -> ConfigDict:
     return config
 
 
-def convolution_of(config: ConfigDict, *, batched: bool = False) -> str:
+def convolution_of(config: ConfigDict, *, batched: bool = False, backend: str | None = None) -> str:
     """How the run computes its convolutions: `model.convolution`, resolved if it is 'auto'.
 
-    `batched` runs are computed at once, see `zerojax.run.program`.
+    `batched` runs are computed at once, see `zerojax.run.program`; `backend` as in
+    `zerojax.models.convolutions.resolve`.
     """
     unrolled = config.steps_per_call == 1 and not batched
-    return convolutions.resolve(config.model.convolution, unrolled=unrolled)
+    return convolutions.resolve(config.model.convolution, unrolled=unrolled, backend=backend)
 
 
 def build_model(
-    config: ConfigDict, num_classes: int, *, dropout: float | None = None, batched: bool = False
+    config: ConfigDict,
+    num_classes: int,
+    *,
+    dropout: float | None = None,
+    batched: bool = False,
+    backend: str | None = None,
 ) -> models.Network:
     """The config's network, with another rate of dropout if one is given.
 
-    `batched` as in `convolution_of`.
+    `batched` and `backend` as in `convolution_of`.
 
     Raises:
         UsageError: names the field of `config.model` that is wrong.
     """
-    fields = dict(config.model) | {'convolution': convolution_of(config, batched=batched)}
+    convolution = convolution_of(config, batched=batched, backend=backend)
+    fields = dict(config.model) | {'convolution': convolution}
     if dropout is not None:
         fields['dropout'] = dropout
     return _create_model(fields, num_classes)

@@ -73,6 +73,8 @@ def check_supported(mode: str) -> None:
             ) from error
 
 
-def jit_in_mode(function: Callable[..., Any], mode: str, **kwargs: Any) -> Any:
-    """`jax.jit` with the mode's compiler options; other arguments are passed on."""
-    return jax.jit(function, compiler_options=compiler_options(mode), **kwargs)
+def jit_in_mode(
+    function: Callable[..., Any], mode: str, *, backend: str | None = None, **kwargs: Any
+) -> Any:
+    """`jax.jit` with the mode's compiler options on a backend; other arguments are passed on."""
+    return jax.jit(function, compiler_options=compiler_options(mode, backend), **kwargs)

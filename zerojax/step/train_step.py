@@ -172,14 +172,15 @@ def make_train_steps(
     *,
     determinism: str,
     steps_per_call: int,
+    backend: str | None = None,
     out_shardings: Any = None,
 ) -> Any:
     """Several train steps in one dispatch: jitted (state, data, count) -> (state, last metrics).
 
     `one_step(state, data)` is pure and returns the next state and the step's metrics. `count`
     (int32 [], between 1 and `steps_per_call`) is a traced number, so all counts share one
-    executable and one arithmetic. The state's buffers are donated. `out_shardings` are those of
-    (state, metrics); by default JAX chooses.
+    executable and one arithmetic. The state's buffers are donated. `backend` is where it will run,
+    by default JAX's. `out_shardings` are those of (state, metrics); by default JAX chooses.
     """
 
     def many_steps(state: TrainState, data: Tree, count: jax.Array) -> tuple[TrainState, Metrics]:
@@ -195,4 +196,6 @@ def make_train_steps(
 
     # XLA's CPU convolutions lose their threads inside a loop, so one step is not wrapped in one.
     steps = single_step if steps_per_call == 1 else many_steps
-    return jit_in_mode(steps, determinism, donate_argnums=0, out_shardings=out_shardings)
+    return jit_in_mode(
+        steps, determinism, backend=backend, donate_argnums=0, out_shardings=out_shardings
+    )
