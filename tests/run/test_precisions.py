@@ -94,7 +94,7 @@ def made(config, dtype, fields):
 
 
 def source_of(built, state, scalars):
-    examples = {'image': built.dataset.train.images, 'label': built.dataset.train.labels}
+    examples = building.examples_of(built.dataset.train)
     order = batch.epoch_order(state.keys['order'], jnp.int32(0), len(examples['label']))
     return building.Source(jax.tree.map(jnp.asarray, examples), order, scalars)
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from zerojax import symmetry
 from zerojax.host.errors import UsageError
 from zerojax.models import Network
-from zerojax.run.data import normalization
+from zerojax.run.data import Split, normalization
 from zerojax.step import Batch, TrainState, batch, create_state, jit_in_mode, optimizer
 
 # Fields that a compiled program takes as arguments. Not perturbation.at_step: where it differs
@@ -38,14 +38,23 @@ class Source(NamedTuple):
     """What the train steps of an epoch read.
 
     Attributes:
-        examples: the training set, {'image': uint8 [N, H, W, C], 'label': int32 [N]}.
+        examples: the training set, see `examples_of`.
         order: that of the epoch, int32 [N]; of batched runs [R, N].
         scalars: the runs' `SCALARS`, each []; of batched runs [R].
     """
 
-    examples: Batch
+    examples: Any
     order: jax.Array
     scalars: Scalars
+
+
+def examples_of(split: Split) -> dict[str, np.ndarray]:
+    """{'image': uint8 [N, H·W·C], 'label': int32 [N]}, as a device holds them.
+
+    An image is a row: to take some of [N, H, W, C], a TPU copies all of it in each step, as its
+    layout has the examples along the lanes, and the copy is padded to four times the size.
+    """
+    return {'image': split.images.reshape(len(split.images), -1), 'label': split.labels}
 
 
 def scalars_of(config: ConfigDict) -> Scalars:
@@ -120,15 +129,20 @@ def new_state(
     return state
 
 
-def build_mesh(config: ConfigDict, runs: int | None) -> Mesh | None:
+def build_mesh(
+    config: ConfigDict, runs: int | None, devices: Sequence[jax.Device] | None = None
+) -> Mesh | None:
     """Axis 'data' of `config.mesh.data` devices, and 'run' of as many more as batched runs can use.
 
     These are the most devices there are that divide the number of runs. None if it is one device.
+    `devices` are by default JAX's.
 
     Raises:
         UsageError: names `mesh.data`, and why the devices do not fit.
     """
-    along_data, number, processes = config.mesh.data, jax.device_count(), jax.process_count()
+    devices = jax.devices() if devices is None else devices
+    along_data, number = config.mesh.data, len(devices)
+    processes = len({device.process_index for device in devices})
     if along_data > number:
         raise UsageError(f'mesh.data={along_data}: must be at most {number}, the devices there are')
     if config.batch_size % along_data:
@@ -144,8 +158,8 @@ def build_mesh(config: ConfigDict, runs: int | None) -> Mesh | None:
             f'mesh.data={along_data}: {runs} runs at once use {along_run * along_data} devices; '
             f'all {number} of the {processes} processes must be used'
         )
-    devices = np.array(jax.devices()[: along_run * along_data])
-    return Mesh(devices.reshape(along_run, along_data), ('run', 'data'))
+    taken = np.array(devices[: along_run * along_data])
+    return Mesh(taken.reshape(along_run, along_data), ('run', 'data'))
 
 
 def keeps_last(config: ConfigDict) -> bool:
@@ -159,7 +173,12 @@ def steps_per_epoch(config: ConfigDict, num_examples: int) -> int:
 
 
 def make_batch_function(
-    config: ConfigDict, num_classes: int, mesh: Mesh | None = None, *, last: bool = False
+    config: ConfigDict,
+    image_shape: Shape,
+    num_classes: int,
+    mesh: Mesh | None = None,
+    *,
+    last: bool = False,
 ) -> Callable[[TrainState, Source], Batch]:
     """A pure (state, source) -> batch of the state's step, spread over the mesh's axis 'data'.
 
@@ -177,7 +196,7 @@ def make_batch_function(
             )
         if mesh is not None:
             indices = jax.lax.with_sharding_constraint(indices, NamedSharding(mesh, P('data')))
-        images = source.examples['image'][indices]
+        images = source.examples['image'][indices].reshape(-1, *image_shape)
         labels = source.examples['label'][indices]
         keys = {
             purpose: jax.random.fold_in(state.keys[purpose], state.step)

@@ -10,13 +10,13 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
@@ -31,9 +31,11 @@ from zerojax.run.building import (
     build_mesh,
     build_optimizer,
     build_orbits,
+    examples_of,
     keeps_last,
     make_batch_function,
     new_state,
+    scalars_of,
     steps_per_epoch,
     structure,
 )
@@ -60,6 +62,8 @@ class Program:
         config: as `checks.resolve` returns it; its `SCALARS` are not looked at.
         dataset: the config's data.
         runs: None, or how many runs are computed at once.
+        devices: what it is compiled for, by default JAX's. They may be described only, and not be
+            here: then the train steps can be compiled for `shapes`, and nothing can be run.
 
     Attributes:
         everywhere: sharding of what has a copy on each device; None on a single one.
@@ -75,29 +79,44 @@ class Program:
             network is too large for them.
     """
 
-    def __init__(self, config: ConfigDict, dataset: data.Dataset, runs: int | None = None) -> None:
+    def __init__(
+        self,
+        config: ConfigDict,
+        dataset: data.Dataset,
+        runs: int | None = None,
+        devices: Sequence[jax.Device] | None = None,
+    ) -> None:
         self.config = config
         self.dataset = dataset
         self.runs = runs
-        self.model = config_lib.build_model(config, dataset.num_classes, batched=runs is not None)
+        self._devices = jax.devices() if devices is None else devices
+        self._backend = None if devices is None else devices[0].platform
+        self.model = config_lib.build_model(
+            config, dataset.num_classes, batched=runs is not None, backend=self._backend
+        )
         self._new_state = functools.partial(new_state, config, self.model, dataset.image_shape)
-        check_memory(config, self._new_state)
+        if devices is None:
+            check_memory(config, self._new_state)
         self.feature_axes = self.model.feature_axes()['params']
         self.orbits = build_orbits(self.model, dataset.image_shape)
-        self.mesh = build_mesh(config, runs)
+        self.mesh = build_mesh(config, runs, self._devices)
         self._for_each_run = None if self.mesh is None else NamedSharding(self.mesh, P('run'))
         self.everywhere = None if self.mesh is None else NamedSharding(self.mesh, P())
-        self.make_batch = make_batch_function(config, dataset.num_classes, self.mesh)
+        self._make_batch = functools.partial(
+            make_batch_function, config, dataset.image_shape, dataset.num_classes, self.mesh
+        )
+        self.make_batch = self._make_batch()
         self.steps_per_epoch = steps_per_epoch(config, len(dataset.train.labels))
         rest = len(dataset.train.labels) % config.batch_size
         self.last_is_smaller = keeps_last(config) and rest > 0
-        self._jit = functools.partial(jit_in_mode, mode=config.determinism.mode)
+        self._jit = functools.partial(
+            jit_in_mode, mode=config.determinism.mode, backend=self._backend
+        )
 
     @functools.cached_property
     def examples(self) -> Batch:
         """The training set, on the device."""
-        split = self.dataset.train
-        return jax.device_put({'image': split.images, 'label': split.labels}, self.everywhere)
+        return jax.device_put(examples_of(self.dataset.train), self.everywhere)
 
     @functools.cached_property
     def initial_state(self) -> Callable[[Scalars], TrainState]:
@@ -122,10 +141,7 @@ class Program:
 
     def one_last_step(self, state: TrainState, source: Source) -> tuple[TrainState, Metrics]:
         """The same for the update that ends an epoch, where `last_is_smaller`."""
-        make_batch = make_batch_function(
-            self.config, self.dataset.num_classes, self.mesh, last=True
-        )
-        return self._step(state, source, make_batch(state, source))
+        return self._step(state, source, self._make_batch(last=True)(state, source))
 
     def _step(self, state: TrainState, source: Source, data: Batch) -> tuple[TrainState, Metrics]:
         train_step = train_step_function(
@@ -161,6 +177,7 @@ class Program:
             self._for_all_runs(one_step, axes, (self._state_axes(), 0)),
             determinism=self.config.determinism.mode,
             steps_per_call=steps_per_call,
+            backend=self._backend,
             out_shardings=(self._state_shardings(), self._run_sharding()),
         )
 
@@ -231,6 +248,18 @@ class Program:
     def source(self, state: TrainState, scalars: Scalars, epoch: int) -> Source:
         """What the train steps of an epoch (from 0) read, on the device."""
         return Source(self.examples, self.epoch_order(state.keys['order'], epoch), scalars)
+
+    def shapes(self) -> tuple[TrainState, Source]:
+        """What the train steps of a single run take, shapes and shardings in place of arrays."""
+        state = jax.eval_shape(self._new_state, scalars_of(self.config))
+        order = jax.eval_shape(self.epoch_order, state.keys['order'], 0)
+        source = Source(examples_of(self.dataset.train), order, scalars_of(self.config))
+        where = self.everywhere or SingleDeviceSharding(self._devices[0])
+
+        def placed(x: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+        return jax.tree.map(placed, (state, source))
 
     def compile_train_steps(self, state: TrainState, source: Source) -> Any:
         """`train_steps` as an executable for arguments of these shapes, compiled once."""
