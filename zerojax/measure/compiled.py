@@ -111,7 +111,9 @@ def operations_that_may_not_repeat(hlo: str, backend: str) -> list[Operation]:
         instruction = _INSTRUCTION.search(line)
         if instruction is None:
             continue
-        name, shape = instruction['opcode'], instruction['shape']
+        if instruction['opcode'].endswith('-done'):
+            continue  # of what has begun with its other half
+        name, shape = instruction['opcode'].removesuffix('-start'), instruction['shape']
         if name in ('scatter', 'select-and-scatter'):
             # Distinct indices meet nowhere, and integers add up to the same in any order.
             if 'unique_indices=true' in line or not _FLOAT.search(shape):

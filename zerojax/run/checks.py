@@ -226,4 +226,9 @@ def check_memory(config: ConfigDict, new: Callable[[Scalars], TrainState]) -> Tr
 def device_memory() -> int:
     """Bytes of memory that a device has; for CPUs, that the machine has."""
     stats = jax.local_devices()[0].memory_stats() or {}  # CPUs have none
-    return stats.get('bytes_limit') or os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    return stats.get('bytes_limit') or host_memory()
+
+
+def host_memory() -> int:
+    """Bytes of memory that the machine has."""
+    return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')

@@ -293,6 +293,45 @@ def normalization(config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
     return np.array(config.dataset.mean, np.float32), np.array(config.dataset.std, np.float32)
 
 
+def stand_in(config: ConfigDict) -> Dataset:
+    """A dataset with as many examples as the config's, all of them 0, that takes no memory.
+
+    Raises:
+        UsageError: the set or a split is unknown.
+    """
+    s = config.dataset
+    facts = DATASETS[s.name]
+
+    def zeros(field: str, split: str) -> Split:
+        count = _number_of_examples(facts.splits, field, split)
+        return Split(
+            np.broadcast_to(np.uint8(0), (count, *facts.image_shape)),
+            np.broadcast_to(np.int32(0), (count,)),
+        )
+
+    return Dataset(
+        zeros('train_split', s.train_split), zeros('eval_split', s.eval_split), facts.num_classes
+    )
+
+
+def _number_of_examples(splits: dict[str, int], field: str, split: str) -> int:
+    if split in splits:
+        return splits[split]
+    from tensorflow_datasets.core.splits import SplitDict, SplitInfo
+
+    infos = [SplitInfo(name=x, shard_lengths=[n], num_bytes=0) for x, n in splits.items()]
+    try:
+        count = SplitDict(infos)[split].num_examples
+    except Exception as error:  # TFDS raises many kinds for a bad split expression
+        raise UsageError(
+            f'dataset.{field}={split!r}: must be a split (splits: {", ".join(splits)}; parts as '
+            f"'train[:5000]'): {_reason(error)}"
+        ) from error
+    if count == 0:
+        raise UsageError(f'dataset.{field}={split!r}: holds no examples')
+    return count
+
+
 def load_of(config: ConfigDict) -> Dataset:
     """The config's data, as `load`."""
     s = config.dataset
