@@ -110,10 +110,12 @@ def screen(
     device = target.accelerator.name if target.accelerator else 'CPU'
     packages = ('jax', 'jaxlib', *_COMPILERS[target.backend])
     versions = ', '.join(f'{name} {importlib.metadata.version(name)}' for name in packages)
-    modes = (
+    modes = [
         f'{mode} {f"in {each.seconds:.0f} s" if each.executable else "no"}'
         for mode, each in attempts.items()
-    )
+    ]
+    if len({id(each) for each in attempts.values()}) == 1:
+        modes = [f'{" and ".join(attempts)}, one program, {modes[0].partition(" ")[2]}']
     lines = [
         f'{config.model.name} on {config.dataset.name} for {target.text}: compiled, never run',
         f'devices     {len(target.devices)} x {device}; {versions}',
@@ -206,7 +208,7 @@ def _smaller(config: ConfigDict, attempt: Attempt, there: int) -> str:
         share = (there - memory['arguments'] - memory['results']) / memory['temporaries']
         batch_size = int(config.batch_size * share) // config.mesh.data * config.mesh.data
         if batch_size > 0:
-            return f'a batch_size of {batch_size}, or more devices'
+            return f'a batch_size of about {batch_size}, or more devices'
     return 'a smaller batch_size, more devices, or a smaller model.width or model.depth'
 
 

@@ -82,13 +82,16 @@ def test_operations_of_other_backends_are_read_from_their_programs():
       %n = (f32[8,8]{1,0}, s8[0]{0}) custom-call(%x, %y), custom_call_target="__cublas$gemm"
       %f = f32[8,8]{1,0} fusion(%x), kind=kCustom, calls=%c, backend_config={"kind":"__triton_gemm"}
       %r = f32[8]{0} all-reduce(%x), replica_groups={}, to_apply=%add
+      %b = f32[8]{0} all-reduce-start(%x), replica_groups={}, to_apply=%add
+      %e = f32[8]{0} all-reduce-done(%b)
+      %u = u8[8]{0} custom-call(), custom_call_target="AllocateBuffer"
       %p = (u64[2]{0}, u32[8]{0}) rng-bit-generator(%k), algorithm=rng_three_fry
       %d = f32[8,8]{1,0} dot(%x, %y), lhs_contracting_dims={1}
     """  # noqa: E501
     found = {x.name: x for x in compiled.operations_that_may_not_repeat(hlo, 'gpu')}
     assert {name: x.count for name, x in found.items()} == {
         'select-and-scatter': 1, '__cudnn$convBackwardFilter': 1, '__cublas$gemm': 2,
-        '__triton_gemm': 1, 'all-reduce': 1,
+        '__triton_gemm': 1, 'all-reduce': 2,
     }  # fmt: skip
     assert 'atomics' in found['__cudnn$convBackwardFilter'].remark
 

@@ -5,9 +5,9 @@ import sys
 import numpy as np
 import pytest
 
-from zerojax.config import DATASETS
+from zerojax.config import DATASETS, default_config
 from zerojax.host.errors import UsageError
-from zerojax.run import data
+from zerojax.run import building, data
 
 
 def test_digits_are_split_without_overlap_and_evenly():
@@ -32,6 +32,27 @@ def test_digits_are_split_without_overlap_and_evenly():
 def test_unknown_names_are_refused(arguments, message):
     with pytest.raises(UsageError, match=message):
         data.load(*arguments)
+
+
+@pytest.mark.parametrize('name', DATASETS)
+def test_what_stands_for_a_set_has_its_size_and_takes_no_memory(name):
+    config = default_config()
+    config.dataset.name = name
+    facts = DATASETS[name]
+    config.dataset.eval_split = list(facts.splits)[1]
+    dataset = data.stand_in(config)
+    assert (dataset.image_shape, dataset.num_classes) == (facts.image_shape, facts.num_classes)
+    for split, of in ((dataset.train, 'train'), (dataset.eval, config.dataset.eval_split)):
+        assert split.images.shape == (facts.splits[of], *facts.image_shape)
+        assert (split.images.dtype, split.labels.dtype) == (np.uint8, np.int32)
+        assert split.images.base.nbytes == 1
+        assert np.shares_memory(building.examples_of(split)['image'], split.images)
+
+
+def test_the_facts_of_the_digits_are_true():
+    digits, facts = data.load('digits', None, 'train', 'test'), DATASETS['digits']
+    assert (digits.image_shape, digits.num_classes) == (facts.image_shape, facts.num_classes)
+    assert {'train': len(digits.train.labels), 'test': len(digits.eval.labels)} == facts.splits
 
 
 # TFDS itself warns of deprecations on import and leaves files to the garbage collector.
@@ -72,6 +93,20 @@ def test_a_prepared_tfds_set_is_read_exactly(prepared):
 def test_a_bad_split_is_named(prepared, split):
     with pytest.raises(UsageError, match=r'^dataset\.train_split='):
         data.load('cifar10', str(prepared), split, 'test')
+    config = default_config()
+    config.dataset.name, config.dataset.train_split = 'cifar10', split
+    with pytest.raises(UsageError, match=r'^dataset\.train_split='):
+        data.stand_in(config)
+
+
+@tfds_warnings
+@pytest.mark.parametrize(
+    'split,count', [('train[:5000]', 5000), ('train[10%:30%]', 10_000), ('train+test', 60_000)]
+)
+def test_parts_of_a_set_are_counted_without_it(split, count):
+    config = default_config()
+    config.dataset.name, config.dataset.train_split = 'cifar10', split
+    assert len(data.stand_in(config).train.labels) == count
 
 
 @tfds_warnings

@@ -79,6 +79,8 @@ _REMARKS: tuple[tuple[str, str], ...] = (
     ('all-reduce', _ACROSS_DEVICES),
     ('reduce-scatter', _ACROSS_DEVICES),
     ('rng-bit-generator', ''),  # its state is an argument
+    ('AllocateBuffer', ''),  # of TPUs' compiler, as the next
+    ('AssumeGatherIndicesInBound', ''),
     ('rng', 'draws from a state that every call moves on'),
     ('__cudnn$convBackward', 'some of its algorithms add by atomics; the autotuner chooses one'),
     ('__cudnn$', _AUTOTUNED),
@@ -121,10 +123,9 @@ def operations_that_may_not_repeat(hlo: str, backend: str) -> list[Operation]:
             remark = _ATOMICS if backend == 'gpu' else _NO_ATOMICS
         elif name == 'custom-call' and (target := _TARGET.search(line)):
             name = target[1]
-            remark = 'a library call that is not known here'
+            remark = _remark(name, 'a library call that is not known here')
             if 'callback' in name:
                 remark = 'calls Python, which may return anything'
-            remark = _remark(name) or remark
         elif name == 'fusion' and (kind := _FUSION_KIND.search(line)):
             name, remark = kind[1], _remark(kind[1])
         else:
@@ -135,5 +136,5 @@ def operations_that_may_not_repeat(hlo: str, backend: str) -> list[Operation]:
     return [Operation(name, count, remarks[name]) for name, count in sorted(found.items())]
 
 
-def _remark(name: str) -> str:
-    return next((remark for prefix, remark in _REMARKS if name.startswith(prefix)), '')
+def _remark(name: str, unknown: str = '') -> str:
+    return next((remark for prefix, remark in _REMARKS if name.startswith(prefix)), unknown)

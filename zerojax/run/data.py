@@ -317,11 +317,12 @@ def stand_in(config: ConfigDict) -> Dataset:
 def _number_of_examples(splits: dict[str, int], field: str, split: str) -> int:
     if split in splits:
         return splits[split]
-    from tensorflow_datasets.core.splits import SplitDict, SplitInfo
+    from tensorflow_datasets.core.splits import ReadInstruction, SplitInfo
 
-    infos = [SplitInfo(name=x, shard_lengths=[n], num_bytes=0) for x, n in splits.items()]
+    infos = {x: SplitInfo(name=x, shard_lengths=[n], num_bytes=0) for x, n in splits.items()}
     try:
-        count = SplitDict(infos)[split].num_examples
+        parts = ReadInstruction.from_spec(split).to_absolute(infos)
+        count = sum(len(range(splits[x.splitname])[x.from_ : x.to]) for x in parts)
     except Exception as error:  # TFDS raises many kinds for a bad split expression
         raise UsageError(
             f'dataset.{field}={split!r}: must be a split (splits: {", ".join(splits)}; parts as '
