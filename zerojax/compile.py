@@ -41,7 +41,7 @@ from zerojax.host import records
 from zerojax.host.command import run_command
 from zerojax.host.errors import RunError, UsageError
 from zerojax.host.stop import raise_on_signals
-from zerojax.measure import hlo, program_cost
+from zerojax.measure import program_cost
 from zerojax.measure.compiled import no_compilation_cache, operations_that_may_not_repeat
 from zerojax.run import cli
 from zerojax.run.compilation import Attempt, compile_in_modes, resolve
@@ -79,18 +79,16 @@ def record_of(target: Target, attempts: dict[str, Attempt], mode: str) -> record
             record['memory_bytes'] = round(float(over[1]) * _UNITS[over[2]])
             record['memory_limit_bytes'] = round(float(over[3]) * _UNITS[over[4]])
         return record
-    text = attempt.executable.as_text()
-    module = hlo.parse(text)
-    cost = program_cost.cost(module)
-    products = program_cost.products(module)
-    operations = operations_that_may_not_repeat(text, target.backend)
+    cost = program_cost.cost(attempt.module)
+    products = program_cost.products(attempt.module)
+    operations = operations_that_may_not_repeat(attempt.executable.as_text(), target.backend)
     return record | {
         'memory_bytes': sum(attempt.memory().values()),
         'flops': cost.flops,
         'bytes': cost.bytes,
         'bound_ms': bound_ms(target, cost),
-        'collectives': dict(program_cost.collectives(module)),
-        'custom_calls': dict(program_cost.custom_calls(module)),
+        'collectives': dict(program_cost.collectives(attempt.module)),
+        'custom_calls': dict(program_cost.custom_calls(attempt.module)),
         'nondeterministic_operations': [dataclasses.asdict(each) for each in operations],
         'precision': dict(Counter(f'{each.dtype} {each.precision}' for each in products)),
     }
@@ -149,7 +147,7 @@ def _bound_lines(target: Target, attempt: Attempt) -> list[str]:
     device = target.accelerator
     if device is None:
         return ["bound       none, since there are no maker's numbers for CPUs here"]
-    cost = program_cost.cost(hlo.parse(attempt.executable.as_text()))
+    cost = program_cost.cost(attempt.module)
     bound = program_cost.least_time(cost, device)
     peaks = ', '.join(
         f'{device.peak(*kind) / 1e12:.4g} TFLOP/s ({" ".join(kind)})' for kind in cost.operations

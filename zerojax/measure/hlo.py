@@ -10,6 +10,7 @@ _ARRAY = re.compile(r'([a-z][a-z0-9]*)\[([\d,<=]*)\](\{[^}]*\})?')
 _HEADER = re.compile(r'(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$')
 _INSTRUCTION = re.compile(r'  (ROOT )?%?([\w.\-]+) = ')
 _OPCODE = re.compile(r' ([a-z][a-z0-9\-]*)\(')
+_BRACKET = re.compile(r'[()]')
 _NAME = re.compile(r'%([\w.\-]+)')
 _CALLED = re.compile(r'(?:calls|body|to_apply|true_computation|false_computation)=%?([\w.\-]+)')
 _BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
@@ -152,10 +153,10 @@ def _parse_instruction(name: str, text: str) -> Instruction:
 def _closing(text: str, start: int) -> int:
     """Where the bracket that opens at `start` has been closed."""
     depth = 0
-    for i in range(start, len(text)):
-        depth += (text[i] == '(') - (text[i] == ')')
+    for bracket in _BRACKET.finditer(text, start):
+        depth += 1 if bracket[0] == '(' else -1
         if depth == 0:
-            return i + 1
+            return bracket.end()
     raise ValueError(f'no instruction of XLA: {text[:100]}')
 
 

@@ -1,12 +1,14 @@
 """A run's train step, compiled for devices that need not be here."""
 
 import dataclasses
+import functools
 import time
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from zerojax.measure import hlo
 from zerojax.run import checks, data
 from zerojax.run.program import Program
 from zerojax.run.target import Target
@@ -26,6 +28,11 @@ class Attempt:
     seconds: float
     executable: Any = None
     reason: str = ''
+
+    @functools.cached_property
+    def module(self) -> hlo.Module:
+        """The program, to be read."""
+        return hlo.parse(self.executable.as_text())
 
     def memory(self) -> dict[str, int]:
         """Bytes of one device; results that take the place of arguments count as these."""

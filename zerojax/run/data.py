@@ -92,11 +92,13 @@ def _load_digits(train_split: str, eval_split: str) -> Dataset:
         'test': Split(images[test], labels[test]),
     }
     for field, split in (('train_split', train_split), ('eval_split', eval_split)):
-        if split not in splits:
-            raise UsageError(
-                f"dataset.{field}={split!r}: digits have the splits 'train' and 'test'"
-            )
+        _check_digits_split(field, split)
     return Dataset(splits[train_split], splits[eval_split], num_classes=10)
+
+
+def _check_digits_split(field: str, split: str) -> None:
+    if split not in DATASETS['digits'].splits:
+        raise UsageError(f"dataset.{field}={split!r}: digits have the splits 'train' and 'test'")
 
 
 def _load_tfds(name: str, data_dir: str | None, train_split: str, eval_split: str) -> Dataset:
@@ -301,6 +303,9 @@ def stand_in(config: ConfigDict) -> Dataset:
     """
     s = config.dataset
     facts = DATASETS[s.name]
+    if s.name == 'digits':
+        _check_digits_split('train_split', s.train_split)
+        _check_digits_split('eval_split', s.eval_split)
 
     def zeros(field: str, split: str) -> Split:
         count = _number_of_examples(facts.splits, field, split)
