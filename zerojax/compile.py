@@ -138,8 +138,9 @@ def screen(
             *_wrapped(f'calls       {_listed(record["custom_calls"])}'),
             '',
             'operations known not to repeat on some backend' + ('' if operations else ': none'),
-            *(f'  {x["count"]:>3} {x["name"]}: {x["remark"]}' for x in operations),
         ]
+        for x in operations:
+            lines += _wrapped(f'  {x["count"]:>3} {x["name"]}: {x["remark"]}')
     return [line[:100] for line in lines]
 
 

@@ -46,7 +46,9 @@ def test_what_stands_for_a_set_has_its_size_and_takes_no_memory(name):
         assert split.images.shape == (facts.splits[of], *facts.image_shape)
         assert (split.images.dtype, split.labels.dtype) == (np.uint8, np.int32)
         assert split.images.base.nbytes == 1
-        assert np.shares_memory(building.examples_of(split)['image'], split.images)
+        rows = building.examples_of(split)['image']
+        assert rows.shape == (facts.splits[of], np.prod(facts.image_shape)), 'see examples_of'
+        assert np.shares_memory(rows, split.images)
 
 
 def test_the_facts_of_the_digits_are_true():
