@@ -1,7 +1,6 @@
 """A run's step compiled for a target: the command, and that the program is the run's own."""
 
 import dataclasses
-import importlib.util
 import json
 import pathlib
 import re
@@ -18,12 +17,16 @@ from zerojax.measure import hlo
 from zerojax.run import building, checks, compilation, data
 from zerojax.run.compilation import Attempt
 from zerojax.run.program import Program
-from zerojax.run.target import Target, find
+from zerojax.run.target import Target, find, has_cuda_plugin, has_libtpu
 from zerojax.step import determinism
 
 ROOT = pathlib.Path(__file__).parent.parent
 DIGITS = f'--config={ROOT}/configs/digits.py'
 TOY = ['--config.model.name=mlp', '--config.model.init=averaging', '--config.model.width=20']
+NO_LIBTPU = "libtpu, which compiles for TPUs, is missing: pip install 'zerojax[tpu]'"
+NO_CUDA_PLUGIN = (
+    "JAX's CUDA plugin, which compiles for GPUs, is missing: pip install 'zerojax[gpu]'"
+)
 FIELDS = {
     'target', 'devices', 'compiles', 'seconds', 'memory_bytes', 'memory_limit_bytes', 'flops',
     'bytes', 'bound_ms', 'collectives', 'custom_calls', 'nondeterministic_operations', 'precision',
@@ -231,10 +234,7 @@ def elsewhere(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec('libtpu') is None,
-    reason="libtpu, which compiles for TPUs, is missing: pip install 'zerojax[tpu]'",
-)
+@pytest.mark.skipif(not has_libtpu(), reason=NO_LIBTPU)
 def test_a_tpu_slice(elsewhere):
     cifar = f'--config={ROOT}/configs/cifar.py'
     one, four = (
@@ -254,10 +254,18 @@ def test_a_tpu_slice(elsewhere):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not any(importlib.util.find_spec(f'jax_cuda{n}_plugin') for n in (12, 13)),
-    reason="JAX's CUDA plugin, which compiles for GPUs, is missing: pip install 'zerojax[gpu]'",
-)
+@pytest.mark.skipif(not has_libtpu(), reason=NO_LIBTPU)
+@pytest.mark.parametrize('target', ['tpu:v4:2x2x1', 'tpu:v5p:1x1x1', 'tpu:v6e:2x2'])
+def test_other_tpus(elsewhere, target):
+    record = elsewhere(target, DIGITS)
+    devices = 1 if target.endswith('1x1x1') else 4
+    assert record['devices'] == devices, 'a chip is a device'
+    assert record['flops'] == 2 * 128 // devices * (2 * 64 * 20 + 3 * 20 * 10)
+    assert record['memory_bytes'] < record['memory_limit_bytes']
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_cuda_plugin(), reason=NO_CUDA_PLUGIN)
 @pytest.mark.parametrize('target', ['gpu:a100', 'gpu:h100:2', 'gpu:h200:2x2', 'gpu:b200'])
 def test_gpus(elsewhere, target):
     record = elsewhere(target, DIGITS)

@@ -22,12 +22,13 @@ _DEEP = ('1x1x1', '2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4', '4x4x8', '4x8x8')
 SLICES = {'v4': _DEEP, 'v5e': _FLAT, 'v5p': _DEEP, 'v6e': _FLAT}
 MAX_HOSTS, GPUS_OF_HOST = 32, 8
 
-# What libtpu would ask the machine that it is not on, and where it would write.
+# What libtpu reads when it is loaded: where it logs, and what it would ask of its machine.
 _NO_TPU_HERE = {
+    'TPU_LOG_DIR': 'disabled',
+    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',  # its lock is for those that use a device
     'TPU_SKIP_MDS_QUERY': '1',
     'TPU_ACCELERATOR_TYPE': 'v5litepod-1',
     'TPU_WORKER_HOSTNAMES': 'localhost',
-    'TPU_LOG_DIR': 'disabled',
 }
 
 
@@ -77,6 +78,16 @@ def find(text: str) -> Target:
     )
 
 
+def has_libtpu() -> bool:
+    """Whether the compiler for TPUs is installed."""
+    return importlib.util.find_spec('libtpu') is not None
+
+
+def has_cuda_plugin() -> bool:
+    """Whether JAX's compiler for NVIDIA's GPUs is installed."""
+    return any(importlib.util.find_spec(f'jax_cuda{n}_plugin') for n in (12, 13))
+
+
 def _tpu(text: str, kind: str, shape: str) -> Target:
     if kind not in TPUS:
         raise UsageError(f'--target={text}: {kind!r} must be one of {", ".join(TPUS)}')
@@ -84,16 +95,14 @@ def _tpu(text: str, kind: str, shape: str) -> Target:
         raise UsageError(
             f'--target={text}: slice {shape!r} must be one of {", ".join(SLICES[kind])}'
         )
-    if importlib.util.find_spec('libtpu') is None:
+    if not has_libtpu():
         raise UsageError(f"--target={text}: needs libtpu: pip install 'zerojax[tpu]'")
-    for name, value in _NO_TPU_HERE.items():
-        os.environ.setdefault(name, value)
     options: dict[str, Any] = {}
     if math.prod(map(int, shape.split('x'))) == 1:
         options['chips_per_host_bounds'] = (1, 1, 1)
     if kind == 'v4':
         options['chip_config_name'] = 'megacore'  # the two cores of a chip as one device
-    with _refusals(text):
+    with _loading(text):
         devices = topologies.get_topology_desc(f'{kind}:{shape}', 'tpu', **options).devices
     return Target(text, devices, TPUS[kind], TPUS[kind].memory)
 
@@ -108,11 +117,11 @@ def _gpu(text: str, card: str, number: str = '1') -> Target:
             f'--target={text}: {number!r} must be a number of GPUs from 1 to {GPUS_OF_HOST}, or '
             f'HOSTSxNUMBER with at most {MAX_HOSTS} hosts'
         )
-    if not any(importlib.util.find_spec(f'jax_cuda{n}_plugin') for n in (12, 13)):
+    if not has_cuda_plugin():
         raise UsageError(f"--target={text}: needs JAX's CUDA plugin: pip install 'zerojax[gpu]'")
     gpu = GPUS[card]
     shape = f'1x{hosts}x{each}'
-    with _refusals(text):
+    with _loading(text):
         devices = topologies.get_topology_desc(
             shape, 'cuda', topology=shape, target_config=gpu.description()
         ).devices
@@ -120,8 +129,10 @@ def _gpu(text: str, card: str, number: str = '1') -> Target:
 
 
 @contextlib.contextmanager
-def _refusals(text: str) -> Iterator[None]:
+def _loading(text: str) -> Iterator[None]:
     """Makes a UsageError of what JAX, libtpu or the plugin raise, of whatever type."""
+    for name, value in _NO_TPU_HERE.items():
+        os.environ.setdefault(name, value)
     try:
         yield
     except Exception as error:
