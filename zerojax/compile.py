@@ -13,13 +13,14 @@ gpu:CARD[:N]    a100, h100, h200 or b200; N of them, or HxN on H hosts, such as 
                 JAX's CUDA plugin, without a driver: pip install 'zerojax[gpu]'
 
 On Python 3.11 these are jax 0.10.2 with libtpu 0.0.42.1 and jax-cuda12-plugin 0.10.2; it was tried
-with them. A TPU's program takes minutes on two cores.
+with them. A TPU's program takes minutes on two cores, that of the paper's network in float32 many.
 
 One screen says whether the step compiles in both modes of determinism, what memory a device needs
 of what it has, operations in products and their precision, bytes read and written, collectives, and
 the time that a step cannot be faster than, by the makers' numbers (zerojax.measure.accelerators).
 That bound counts no delays and nothing but products, memory and links, so small networks are far
-from it. On GPUs, libraries choose their algorithms on the device; no program here shows which.
+from it. On GPUs, libraries choose their algorithms on the device; no program here shows which, and
+one that computes convolutions with fewer multiplications (Winograd) may be faster.
 
 DIR/compile.json (default: runs/compile_NAME) has it all. Exit status: 0 it compiles and fits; 1 it
 does not, and one line says what to change; 2 a mistake in flags, config or workdir, or a compiler
