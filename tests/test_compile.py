@@ -219,9 +219,9 @@ def test_batches_are_the_images_that_the_order_names(tiny_config):
 def elsewhere(tmp_path):
     """Runs the command in a process of its own: compilers of devices do not leave a process."""
 
-    def run(target, *flags):
+    def run(target, config, *flags):
         workdir = tmp_path / target.replace(':', '_')
-        arguments = [*TOY, f'--target={target}', f'--workdir={workdir}', *flags]
+        arguments = [config, *TOY, f'--target={target}', f'--workdir={workdir}', *flags]
         done = subprocess.run(
             [sys.executable, '-m', 'zerojax.compile', *arguments],
             capture_output=True, text=True, cwd=ROOT,
