@@ -13,7 +13,7 @@ gpu:CARD[:N]    a100, h100, h200 or b200; N of them, or HxN on H hosts, such as 
                 JAX's CUDA plugin, without a driver: pip install 'zerojax[gpu]'
 
 On Python 3.11 these are jax 0.10.2 with libtpu 0.0.42.1 and jax-cuda12-plugin 0.10.2; it was tried
-with them. A TPU's program takes minutes on two cores, that of the paper's network in float32 many.
+with them. A TPU's program takes minutes on two cores, many for the paper's network in float32.
 
 One screen says whether the step compiles in both modes of determinism, what memory a device needs
 of what it has, operations in products and their precision, bytes read and written, collectives, and

@@ -81,6 +81,7 @@ _REMARKS: tuple[tuple[str, str], ...] = (
     ('rng-bit-generator', ''),  # its state is an argument
     ('AllocateBuffer', ''),  # of TPUs' compiler, as the next
     ('AssumeGatherIndicesInBound', ''),
+    ('ConcatBitcast', ''),
     ('rng', 'draws from a state that every call moves on'),
     ('__cudnn$convBackward', 'some of its algorithms add by atomics; the autotuner chooses one'),
     ('__cudnn$', _AUTOTUNED),
