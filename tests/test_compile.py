@@ -254,6 +254,16 @@ def test_a_tpu_slice(elsewhere):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not has_libtpu(), reason=NO_LIBTPU)
+def test_many_tpus_sum_gradients_and_exchange_nothing_else(elsewhere):
+    """Where each of them takes its part of a large batch, too."""
+    record = elsewhere(
+        'tpu:v5e:16x16', f'--config={ROOT}/configs/cifar.py', '--config.batch_size=32768'
+    )
+    assert record['collectives'].keys() == {'all-reduce'}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_libtpu(), reason=NO_LIBTPU)
 @pytest.mark.parametrize('target', ['tpu:v4:2x2x1', 'tpu:v5p:1x1x1', 'tpu:v6e:2x2'])
 def test_other_tpus(elsewhere, target):
     record = elsewhere(target, DIGITS)

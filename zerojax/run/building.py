@@ -195,7 +195,9 @@ def make_batch_function(
                 source.order, state.step, config.batch_size, keeps_last(config)
             )
         if mesh is not None:
-            indices = jax.lax.with_sharding_constraint(indices, NamedSharding(mesh, P('data')))
+            # Each device has the whole order. Were it cut in parts, they would exchange their ends.
+            for along in (P(), P('data')):
+                indices = jax.lax.with_sharding_constraint(indices, NamedSharding(mesh, along))
         images = source.examples['image'][indices].reshape(-1, *image_shape)
         labels = source.examples['label'][indices]
         keys = {
