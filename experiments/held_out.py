@@ -82,12 +82,14 @@ def is_right(found: dict[str, Any], method: str) -> bool:
 def draw(experiment: runs.Experiment, found: dict[tuple[str, str], list[dict[str, Any]]]) -> None:
     """Predicted against measured median onset, a panel a method."""
     figure, panels = runs.new_figure(1, 2, width=12, height=6)
-    num_steps = experiment.config.num_steps
+    never = experiment.config.num_steps
     names = list(dict.fromkeys(name for name, _ in found))
     for axes, method in zip(panels, METHODS, strict=True):
+        end = 0.0
         for (name, shortcut), rows in found.items():
             medians = [[median_onset(row[each]) for row in rows] for each in ('measured', method)]
-            x, y = ([num_steps if each is None else each for each in one] for one in medians)
+            x, y = ([never if each is None else each for each in one] for one in medians)
+            end = max(end, *x, *y)
             axes.plot(
                 x, y, linestyle='',
                 marker='o' if shortcut == 'pre_relu' else 's',
@@ -95,20 +97,21 @@ def draw(experiment: runs.Experiment, found: dict[tuple[str, str], list[dict[str
                 markerfacecolor='none' if shortcut == 'post_relu' else None,
                 label=name if shortcut == 'pre_relu' else None,
             )  # fmt: skip
-        line = np.array([0, num_steps])
+        line = np.array([0, 1.05 * end])
         axes.plot(line, line, color='0.5', lw=0.8)
-        off = np.maximum(STEPS, SHARE * line)
-        axes.fill_between(line, line - off, line + off, color='0.5', alpha=0.2, lw=0)
+        corners = np.array([0, STEPS / SHARE, max(line[1], STEPS / SHARE)])
+        off = np.maximum(STEPS, SHARE * corners)
+        axes.fill_between(corners, corners - off, corners + off, color='0.5', alpha=0.2, lw=0)
         axes.set(
             xlabel='measured onset (step, median over seeds)',
             ylabel='predicted onset (step, median over seeds)',
             title=f'{method} prediction',
-            xlim=(0, None), ylim=(0, None),
+            xlim=(0, line[1]), ylim=(0, line[1]), aspect='equal',
         )  # fmt: skip
     figure.legend(
         *panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=5, frameon=False,
         title=f'filled: pre_relu, hollow: post_relu; grey: within {STEPS} steps or {SHARE:.0%}; '
-        f'at {num_steps}: never',
+        f'at {never}: never',
     )  # fmt: skip
     runs.save_figure(experiment, figure)
 
