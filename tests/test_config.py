@@ -2,6 +2,7 @@ import importlib.util
 import itertools
 import json
 import pathlib
+import re
 
 import jax
 import pytest
