@@ -2,10 +2,10 @@
 
     python -m experiments.all [--data_dir=DIR]
 
-The first lines say what it will cost. DIR holds CIFAR-10 and Fashion-MNIST as prepared by TensorFlow
-Datasets (see configs/cifar.py); without it they are where that puts them. Each experiment is a
-command of its own, with nothing beside it; the first that fails ends this, with status 1. Stopped
-and started again, it goes on where it was.
+The first lines say what it will cost. DIR holds CIFAR-10 and Fashion-MNIST as TensorFlow Datasets
+has prepared them (see configs/cifar.py); without it they are where that puts them. Each experiment
+is a command of its own, with nothing beside it; the first that fails ends this, with status 1.
+Stopped and started again, it goes on where it was.
 """
 
 import pathlib
@@ -18,8 +18,8 @@ from zerojax.host.stop import exit_on_signals
 from zerojax.run import cli
 
 PAPER_SIZE = (
-    'curves --config=configs/cifar.py --config.num_steps=60 --config.determinism.mode=deterministic '
-    '--config.dataset.eval_split=test[:500] --workdir=runs/experiments/curves_cifar'
+    'curves --config=configs/cifar.py --config.num_steps=60 '
+    '--config.determinism.mode=deterministic --config.dataset.eval_split=test[:500] --workdir=runs/experiments/curves_cifar'
 )
 FASHION = (
     'images --config=configs/fashion_mnist.py:cpu --seeds=3 '
