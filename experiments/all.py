@@ -19,7 +19,8 @@ from zerojax.run import cli
 
 PAPER_SIZE = (
     'curves --config=configs/cifar.py --config.num_steps=60 '
-    '--config.determinism.mode=deterministic --config.dataset.eval_split=test[:500] --workdir=runs/experiments/curves_cifar'
+    '--config.determinism.mode=deterministic --config.dataset.eval_split=test[:500] '
+    '--workdir=runs/experiments/curves_cifar'
 )
 FASHION = (
     'images --config=configs/fashion_mnist.py:cpu --seeds=3 '
