@@ -46,6 +46,9 @@ def test_the_command_predicts_streams_onsets_and_curves(tmp_path, capsys):
         assert {name: len(curve) for name, curve in curves.items()} == dict.fromkeys(streams, 21)
     assert found['operations']['full'] > 2 * found['operations']['reduced']
     assert found['seconds'] > 0
+    start = max(curve[0] for curve in found['linear_curves']['1e-06'].values())
+    assert found['rounding_scale'] * 10**start == pytest.approx(2**-24 * 1e-6, rel=1e-6)
+    assert not any('rounding decides' in line for line in lines), 'of noise that is larger'
     assert (tmp_path / 'p' / 'figures' / 'predict.png').read_bytes()[:4] == b'\x89PNG'
 
 
@@ -105,6 +108,19 @@ def test_a_median_counts_never_as_later_than_any_step():
 def test_growth_is_the_slope_of_the_second_half():
     assert growth_per_step(np.array([5.0, 0.0, 1.0, 3.0, 5.0])) == 2.0
     assert growth_per_step(np.full(5, -np.inf)) is None
+
+
+def test_noise_below_one_rounding_is_said_to_be():
+    found = {
+        'streams': {},
+        'onsets': [
+            {'scale': 1e-9, 'stream': None, 'linear': 9, 'reduced': 9.0, 'reduced_seeds': [9]}
+        ],
+    }
+    lines = predict.screen(found | {'rounding_scale': 1e-8})
+    assert any('below a scale of 1e-08 rounding decides' in line for line in lines)
+    lines = predict.screen(found | {'rounding_scale': 1e-9})
+    assert not any('rounding decides' in line for line in lines)
 
 
 @pytest.mark.slow
