@@ -142,7 +142,7 @@ def test_the_noise_is_what_the_run_adds_to_its_weights(tiny_config, tmp_path):
     tiny_config.model.width = 20
     tiny_config.perturbation.seed = 5
     predictor = Predictor(tiny_config, data.load_of(tiny_config), 1, 4)
-    noise = predictor.noise(5)
+    noise = predictor.noise(5).weights
     train.train(tiny_config, tmp_path / 'run')
     saved = records.read_json(tmp_path / 'run' / 'summary.json')
     curves = predictor.linear(1e-5)
