@@ -18,7 +18,8 @@ from zerojax.host.stop import exit_on_signals
 from zerojax.run import cli
 
 PAPER_SIZE = (
-    'curves --config=configs/cifar.py --config.num_steps=60 '
+    'curves --config=configs/cifar.py --config.num_epochs=None --config.num_steps=60 '
+    '--config.optimizer.drop_at=() '
     '--config.determinism.mode=deterministic --config.dataset.eval_split=test[:500] '
     '--workdir=runs/experiments/curves_cifar'
 )
