@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 from types import FrameType
 from typing import Self
 
@@ -42,17 +43,20 @@ def raise_on_signals() -> None:
 class StopRequest:
     """While open, remembers the first SIGTERM or SIGINT; a second one ends the process at once.
 
-    `signal` is the number of the signal that came, None before. Main thread only.
+    `signal` is the number of the signal that came, None before. In a thread other than the main
+    one, where Python lets nobody take signals, it remembers none, nor one that is handled by a
+    program around Python: they do what they did.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
 
     def __enter__(self) -> Self:
-        self._previous = {
-            number: signal.signal(number, self._remember)
-            for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        self._previous = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                if signal.getsignal(number) is not None:
+                    self._previous[number] = signal.signal(number, self._remember)
         return self
 
     def __exit__(self, *_: object) -> None:
