@@ -22,16 +22,15 @@ from typing import Any
 
 import jax
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 from numpy.typing import ArrayLike
 
-from zerojax.host import records
+from zerojax.host import figures, records
 from zerojax.host.command import run_command
 from zerojax.host.errors import UsageError
 from zerojax.host.records import Record
 from zerojax.host.stop import exit_on_signals
+from zerojax.host.terminal import say
 from zerojax.run import cli
 from zerojax.sweep import sweep
 
@@ -167,8 +166,10 @@ def save_table(
     """Prints a table and writes it as table.md (with command, hardware, versions) and table.csv."""
     records.write_csv(workdir / 'table.csv', rows)
     table = markdown(rows)
-    (workdir / 'table.md').write_text(f'    {command}\n\n{conditions}\n\n{table}\n')
-    print(f'\n{table}\n\n{workdir}/table.md, table.csv')
+    (workdir / 'table.md').write_text(
+        f'    {command}\n\n{conditions}\n\n{table}\n', encoding='utf-8'
+    )
+    say(f'\n{table}\n\n{workdir}/table.md, table.csv')
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
@@ -198,8 +199,11 @@ def machine() -> str:
     )
 
 
-def new_figure(rows: int, columns: int, width: float = 10, height: float = 4) -> tuple[Figure, Any]:
+def new_figure(rows: int, columns: int, width: float = 10, height: float = 4) -> tuple[Any, Any]:
     """A figure and its axes, in inches; without pyplot, so nothing global is touched."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout='constrained')
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns)
@@ -233,8 +237,12 @@ def plot_band(axes: Any, x: ArrayLike, series: Sequence[ArrayLike], **kwargs: An
     axes.fill_between(x, low, high, color=kwargs['color'], alpha=0.2, lw=0)
 
 
-def save_figure(experiment: Experiment, figure: Figure) -> None:
-    """Writes figure.png and figure.pdf."""
-    for suffix in ('png', 'pdf'):
-        figure.savefig(experiment.workdir / f'figure.{suffix}', dpi=150)
-    print(f'{experiment.workdir}/figure.png, figure.pdf')
+def save_figure(experiment: Experiment, figure: Any) -> None:
+    """Writes figure.png and figure.pdf, if they can be drawn."""
+
+    def save() -> None:
+        for suffix in ('png', 'pdf'):
+            figure.savefig(experiment.workdir / f'figure.{suffix}', dpi=150)
+
+    if figures.try_to_draw(experiment.workdir / 'figure.png', save):
+        say(f'{experiment.workdir}/figure.png, figure.pdf')

@@ -57,6 +57,7 @@ from zerojax.host import records
 from zerojax.host.command import run_command
 from zerojax.host.errors import RunError, UsageError
 from zerojax.host.stop import raise_on_signals
+from zerojax.host.terminal import say
 from zerojax.run import cli
 from zerojax.run.data import Dataset, Split
 
@@ -199,7 +200,7 @@ def in_process(
     seconds = time.perf_counter() - began
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ['no message'])[-1]
-        print(f'{row.name if row else ""} {kind}: failed: {reason}', flush=True)
+        say(f'{row.name if row else ""} {kind}: failed: {reason}')
         return None, seconds
     return json.loads(done.stdout.splitlines()[-1]), seconds
 
@@ -221,7 +222,7 @@ def child(text: str) -> None:
 
         compiled = kind == 'torch.compile'
         found = benchmark_torch.measure(Row(**fields), repetitions, compiled=compiled)
-    print(json.dumps(found))
+    say(json.dumps(found))
 
 
 def measure_row(row: Row, repetitions: int, *, with_torch: bool) -> dict[str, Any]:
@@ -303,18 +304,18 @@ def run(argv: list[str]) -> None:
                 raise UsageError(f'--rows={name}: no such row; allowed: {", ".join(rows)}')
         rows = {name: rows[name] for name in values.rows.split(',')}
     if machine['backend'] == 'cpu':
-        print('no accelerator here: the CPU is measured', flush=True)
+        say('no accelerator here: the CPU is measured')
     torch_version = importlib.util.find_spec('torch') and importlib.metadata.version('torch')
     cli.make_folder(workdir)
     lines = []
     for name, row in rows.items():
-        print(f'-- {name}', flush=True)
+        say(f'-- {name}')
         lines.append(measure_row(row, repetitions, with_torch=torch_version is not None))
         records.write_csv(workdir / 'table.csv', lines)
     both = '\n\n'.join(runs.markdown(table) for table in tables(lines))
     where = f'{machine["text"]}, torch {torch_version or "not installed"}'
-    (workdir / 'table.md').write_text(f'    {command}\n\n{where}.\n\n{both}\n')
-    print(f'\n{both}\n\n{workdir}/table.md, table.csv')
+    (workdir / 'table.md').write_text(f'    {command}\n\n{where}.\n\n{both}\n', encoding='utf-8')
+    say(f'\n{both}\n\n{workdir}/table.md, table.csv')
 
 
 def main(argv: list[str]) -> int:

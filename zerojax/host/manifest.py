@@ -86,7 +86,7 @@ def _cpu() -> str:
     """Model of the CPU, as the system names it."""
     try:
         text = pathlib.Path('/proc/cpuinfo').read_text()
-    except OSError:  # no Linux
+    except (OSError, UnicodeDecodeError):  # no Linux, or an ASCII locale
         text = ''
     found = re.search(r'^model name\s*: (.*)$', text, re.M)
     return found[1] if found else platform.processor() or platform.machine()
