@@ -22,6 +22,12 @@ from zerojax.step.precision import numbers_of
 
 Tree = Any
 
+# Options of JAX under which no run can be had.
+IN_THE_WAY = (
+    'jax_disable_jit', 'jax_no_tracing', 'jax_transfer_guard', 'jax_transfer_guard_host_to_device',
+    'jax_transfer_guard_device_to_device', 'jax_transfer_guard_device_to_host',
+)  # fmt: skip
+
 
 def resolve(config: ConfigDict, dataset: Dataset) -> ConfigDict:
     """A copy of the config with everything that depends on the data filled in.
@@ -82,7 +88,24 @@ def resolve(config: ConfigDict, dataset: Dataset) -> ConfigDict:
 
 
 def check_backend(mode: str) -> None:
-    """Raises UsageError if the determinism mode cannot be granted here."""
+    """Raises UsageError if JAX has no device or is told not to compile, or the mode cannot be
+    granted here."""
+    names = ('jax_platforms', 'jax_platform_name')
+    asked = [f'{name.upper()}={x}' for name in names if (x := jax.config.values.get(name))]
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter, of a plugin that is missing
+        raise UsageError(
+            f'{", ".join(asked) or "JAX"}: there is no such device, or JAX has no plugin for it; '
+            'install the extra gpu or tpu, or unset it'
+        ) from error
+    for name in IN_THE_WAY:
+        value = getattr(jax.config, name)
+        if value is True or 'disallow' in str(value):
+            raise UsageError(
+                f'{name.upper()}={value}: a run is compiled, and its data are brought to the '
+                'device; unset it'
+            )
     try:
         determinism.check_supported(mode)
     except ValueError as error:
