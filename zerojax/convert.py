@@ -138,6 +138,7 @@ def to_torch(file: pathlib.Path, argv: list[str]) -> None:
         raise UsageError(
             f'--workdir={workdir}: holds no checkpoint' + (f', {obstacle}' if obstacle else '')
         )
+    checks.check_devices()
     with Checkpoints(workdir / 'checkpoints', read_only=True) as checkpoints:
         step = checkpoints.steps[-1]
         variables = checkpoints.read_variables(step)

@@ -53,6 +53,7 @@ def test_home_alone_is_put_in_place_of_a_tilde(home, text, expected):
         ('', 'is empty'), ('file:///x', 'not a URL'), ('gs://a/b', 'not a URL'),
         ('http://x', 'not a URL'), (pathlib.Path('file:///x'), 'not a URL'),
         ('~nobody_of_this_name/x', '~nobody_of_this_name is nobody'), ('a\0b', 'null character'),
+        ('a\udcff', 'no text'),
     ],
 )  # fmt: skip
 def test_what_is_no_path_is_refused(home, text, message):

@@ -20,8 +20,8 @@ def meant(path: str | os.PathLike[str], where: str) -> pathlib.Path:
         where: flag or field and value, which a message begins with.
 
     Raises:
-        UsageError: it is empty, as of a variable that is not set, no path or a URL, or there is no
-            such user.
+        UsageError: it is empty, as of a variable that is not set, no path, a URL, not text in the
+            locale's encoding, or there is no such user.
     """
     text = os.fspath(path)
     if not text:
@@ -30,6 +30,12 @@ def meant(path: str | os.PathLike[str], where: str) -> pathlib.Path:
         raise UsageError(f'{where}: no path has a null character')
     if URL.match(text):
         raise UsageError(f'{where}: must be a path of a file system, not a URL')
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # Orbax and TensorStore take no such name
+        raise UsageError(
+            f'{where}: holds bytes that are no text here; name another path'
+        ) from error
     found = pathlib.Path(os.path.expanduser(text))
     if not str(found).startswith('~'):
         return found

@@ -87,9 +87,8 @@ def resolve(config: ConfigDict, dataset: Dataset) -> ConfigDict:
     return resolved
 
 
-def check_backend(mode: str) -> None:
-    """Raises UsageError if JAX has no device or is told not to compile, or the mode cannot be
-    granted here."""
+def check_devices() -> None:
+    """Raises UsageError if JAX has no device, or is told not to compile or not to use it."""
     names = ('jax_platforms', 'jax_platform_name')
     asked = [f'{name.upper()}={x}' for name in names if (x := jax.config.values.get(name))]
     try:
@@ -106,6 +105,11 @@ def check_backend(mode: str) -> None:
                 f'{name.upper()}={value}: a run is compiled, and its data are brought to the '
                 'device; unset it'
             )
+
+
+def check_backend(mode: str) -> None:
+    """Raises UsageError as `check_devices`, or if the determinism mode cannot be granted here."""
+    check_devices()
     try:
         determinism.check_supported(mode)
     except ValueError as error:
