@@ -14,6 +14,8 @@ TOY = (
     '--config.model.width=8 --config.model.convolution=direct --config.eval_every_steps=2'
 )
 
+NOT_OF_A_USER = ('XLA_FLAGS', 'PYTHONUNBUFFERED')
+
 
 def shell(command, **variables):
     """A command line of bash, as a user has it, with one device."""
@@ -21,7 +23,7 @@ def shell(command, **variables):
     command = command.replace('python', f'env {assignments} {sys.executable}', 1)
     return subprocess.run(
         ['bash', '-c', f'set -o pipefail; {command}'], capture_output=True, cwd=ROOT,
-        env={k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}, timeout=600,
+        env={k: v for k, v in os.environ.items() if k not in NOT_OF_A_USER}, timeout=600,
         encoding='utf-8', errors='surrogateescape',
     )  # fmt: skip
 

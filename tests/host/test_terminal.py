@@ -200,7 +200,7 @@ print(progress.IN_NOTEBOOK, [each.children[1].value for each in displayed])
 )
 def test_a_notebook_has_a_widget_or_lines_and_no_warning(more, expected):
     done = subprocess.run(
-        [sys.executable, '-W', 'error', '-c', NOTEBOOK.format(more=more)],
+        [sys.executable, '-W', 'always', '-c', NOTEBOOK.format(more=more)],
         capture_output=True, text=True, cwd=ROOT,
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, expected, '')
