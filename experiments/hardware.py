@@ -16,7 +16,7 @@ import sys
 import numpy as np
 
 from experiments import runs
-from experiments.trajectories import Laboratory, Trajectory
+from experiments.trajectories import Laboratory, Trajectory, listed_steps
 from zerojax import audit
 from zerojax import config as config_lib
 from zerojax.host import manifest, records
@@ -106,8 +106,8 @@ def run(experiment: runs.Experiment) -> None:
                     'arm': label,
                     'noise in each step': noise,
                     'n': experiment.seeds,
-                    'broken at step': shown([each.broken_at_step for each in its_runs]),
-                    'step of onset': shown([each.onset() for each in its_runs]),
+                    'broken at step': listed_steps([each.broken_at_step for each in its_runs]),
+                    'step of onset': listed_steps([each.onset() for each in its_runs]),
                     'last asymmetry': f'{max(each.asymmetry[-1] for each in its_runs):.1e}',
                     'held-out accuracy': runs.mean_and_deviation(
                         [each.accuracy for each in its_runs]
@@ -120,10 +120,6 @@ def run(experiment: runs.Experiment) -> None:
 
 def shown_size(noise: float) -> str:
     return f'{noise:.1e}' if noise else 'none'
-
-
-def shown(steps: list[int | None]) -> str:
-    return ', '.join('never' if each is None else str(each) for each in steps)
 
 
 if __name__ == '__main__':

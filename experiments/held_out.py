@@ -17,7 +17,7 @@ import numpy as np
 
 from configs import cifar, fashion_mnist
 from experiments import runs
-from experiments.trajectories import METHODS, Laboratory
+from experiments.trajectories import METHODS, Laboratory, listed_steps
 from zerojax.host import records
 from zerojax.host.terminal import say
 from zerojax.measure import stability
@@ -114,10 +114,6 @@ def draw(experiment: runs.Experiment, found: dict[tuple[str, str], list[dict[str
     runs.save_figure(experiment, figure)
 
 
-def listed(onsets: list[int | None]) -> str:
-    return ', '.join('never' if each is None else str(each) for each in onsets)
-
-
 def summed(found: list[dict[str, Any]], method: str) -> dict[str, Any]:
     """The errors of a method in all settings."""
     sizes = [abs(off) for each in found if (off := error(each, method)) is not None]
@@ -156,8 +152,8 @@ def run(experiment: runs.Experiment) -> None:
                     'shortcut': shortcut,
                     'scale': f'{each["scale"]:.0e}',
                     'n': experiment.seeds,
-                    'onset': listed(each['measured']),
-                    **{f'predicted, {method}': listed(each[method]) for method in METHODS},
+                    'onset': listed_steps(each['measured']),
+                    **{f'predicted, {method}': listed_steps(each[method]) for method in METHODS},
                     **{
                         f'error, {method}': '-' if off is None else f'{off:+g}'
                         for method, off in errors.items()

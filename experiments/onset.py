@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from experiments import runs
-from experiments.trajectories import ONSET, Laboratory, Trajectory
+from experiments.trajectories import ONSET, Laboratory, Trajectory, listed_steps
 from zerojax.host import records
 from zerojax.host.terminal import say
 from zerojax.measure import kinks, stability
@@ -148,16 +148,12 @@ def measure(experiment: runs.Experiment, shortcut: str) -> dict[str, Any]:
     return found
 
 
-def listed(values: list[int | None]) -> str:
-    return ', '.join('never' if each is None else str(each) for each in values)
-
-
 def rows_of(shortcut: str, found: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for scale, its_runs in found['measured'].items():
         one_sided = [
             '/'.join(
-                listed([stability.predict_onset(log - math.log(TINY), TINY)])
+                listed_steps([stability.predict_onset(log - math.log(TINY), TINY)])
                 for log in by_steps.values()
             )
             for by_steps in found['one_sided']
@@ -167,11 +163,11 @@ def rows_of(shortcut: str, found: dict[str, Any]) -> list[dict[str, Any]]:
                 'shortcut': shortcut,
                 'scale': f'{scale:.0e}',
                 'n': len(its_runs),
-                'onset': listed([each.onset() for each in its_runs]),
-                'predicted, linear': listed(
+                'onset': listed_steps([each.onset() for each in its_runs]),
+                'predicted, linear': listed_steps(
                     [stability.predict_onset(x, scale) for x in found['linear']]
                 ),
-                'predicted, reduced': listed(
+                'predicted, reduced': listed_steps(
                     [stability.predict_onset(by_scale[scale]) for by_scale in found['reduced']]
                 ),
                 'predicted, one-sided': ', '.join(each or '-' for each in one_sided),

@@ -14,7 +14,7 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 
 from experiments import runs
-from experiments.trajectories import Laboratory
+from experiments.trajectories import Laboratory, listed_steps
 from zerojax.perturb import Perturbation
 from zerojax.step.order import ORDER_GROUPS
 
@@ -65,10 +65,6 @@ def one_layer(laboratory: Laboratory) -> dict[str, dict[str, Perturbation]]:
 
 def median(onsets: list[int | None], never: float) -> float:
     return statistics.median(never if each is None else each for each in onsets)
-
-
-def shown(onsets: list[int | None]) -> str:
-    return ', '.join('never' if each is None else str(each) for each in onsets)
 
 
 def draw_grid(
@@ -128,7 +124,7 @@ def run(experiment: runs.Experiment) -> None:
             cells.append([])
             for value, _ in axis:
                 found = onsets[source, value]
-                cells[-1].append((f'{value:g}\n{shown(found)}', median(found, never)))
+                cells[-1].append((f'{value:g}\n{listed_steps(found)}', median(found, never)))
                 table.append(row(shortcut, source, value, 'all', found))
         draw_grid(panels[0, column], rows, cells, num_steps)
         panels[0, column].set_title(f'shortcut {shortcut}: scale, and step of onset')
@@ -138,7 +134,7 @@ def run(experiment: runs.Experiment) -> None:
             for path, perturbation in by_path.items():
                 found = onsets[source, path]
                 line = by_parameter.setdefault(path, [None] * len(alone))
-                line[j] = (shown(found), median(found, never))
+                line[j] = (listed_steps(found), median(found, never))
                 table.append(row(shortcut, source, float(perturbation.scale), path, found))
         draw_grid(panels[1, column], list(by_parameter), list(by_parameter.values()), num_steps)
         panels[1, column].set_title(' | '.join(alone))
@@ -155,7 +151,7 @@ def row(
         'scale or count': f'{value:g}',
         'parameters': layers,
         'n': len(found),
-        'step of onset': shown(found),
+        'step of onset': listed_steps(found),
     }
 
 

@@ -67,6 +67,11 @@ def first_at_least(asymmetry: np.ndarray, threshold: float) -> int | None:
     return int(reached[0]) + 1 if len(reached) else None
 
 
+def listed_steps(steps: Sequence[int | None]) -> str:
+    """For a table: of each seed the step at which something happened, 'never' for None."""
+    return ', '.join('never' if each is None else str(each) for each in steps)
+
+
 def read_trajectory(workdir: pathlib.Path) -> Trajectory:
     """That of a finished run that logged each step."""
     summary = records.read_json(workdir / 'summary.json')

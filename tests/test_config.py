@@ -129,10 +129,11 @@ def test_every_config_is_valid_and_says_how_to_run_it(path):
     spec.loader.exec_module(module)
     check(module.get_config())
     assert f'python -m zerojax.main --config=configs/{path.name}' in module.__doc__
-    if f'{path.name}:trial' in module.__doc__:
-        check(module.get_config('trial'))
-        with pytest.raises(ValueError, match='trial'):
-            module.get_config('trail')
+    for variant in ('trial', 'wide'):
+        if f'{path.name}:{variant}' in module.__doc__:
+            check(module.get_config(variant))
+            with pytest.raises(ValueError, match=variant):
+                module.get_config('trail')
 
 
 def test_the_workdir_is_named_after_the_config_unless_given():

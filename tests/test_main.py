@@ -139,7 +139,11 @@ def test_the_command_trains_and_imports_neither_tensorflow_nor_tfds(tmp_path):
     [
         ([], r'--config: missing'),
         (['--config=nowhere.py'], r'nowhere\.py'),
-        ([DIGITS + ':full'], r'get_config\(\) takes 0 positional arguments'),
+        ([DIGITS + ':full'], r"variant 'full' of configs/digits\.py: must be 'wide'"),
+        (
+            [DIGITS.replace('digits', 'leakynet') + ':full'],
+            r'get_config\(\) takes 0 positional arguments',
+        ),
         ([DIGITS, '--config.model.depht=7'], r'model\.depht: no such field; allowed: .*depth'),
         ([DIGITS, '--config.num_steps=many'], r'config\.num_steps=many'),
         ([DIGITS, '--config.num_steps=0'], r'num_steps=0: must be from 1'),

@@ -12,6 +12,7 @@ from zerojax.host import records
 from zerojax.measure.stability import predict_onset
 from zerojax.run import data, train
 from zerojax.run.prediction import Predictor, growth_per_step, largest
+from zerojax.run.program import Programs
 
 ROOT = pathlib.Path(__file__).parent.parent
 DIGITS = f'--config={ROOT}/configs/digits.py'
@@ -146,14 +147,15 @@ def test_onsets_are_those_of_the_runs(tmp_path, shortcut, scale):
     config.model.shortcut = shortcut
     config.perturbation.scale = scale
     config.num_steps = config.eval_every_steps = config.checkpoint_every_steps = 70
+    programs = Programs()
+    predictor = Predictor(config, programs.dataset(config), 70, 8)
     measured, predicted = [], []
     for seed in range(3):
-        config.seed = config.perturbation.seed = seed
+        config.perturbation.seed = seed
         workdir = tmp_path / str(seed)
-        train.train(config, workdir)
+        train.train(config, workdir, programs)
         lines = records.read_metrics(workdir / 'metrics.jsonl')
         lines = [line for line in lines if line['kind'] == 'train']
         measured.append(next(line['step'] for line in lines if line['asymmetry'] >= 0.1))
-        predictor = Predictor(config, data.load_of(config), 70, 8)
         predicted.append(predict_onset(largest(predictor.reduced(predictor.noise(seed), scale))))
     assert abs(np.median(measured) - np.median(predicted)) <= 3, (measured, predicted)

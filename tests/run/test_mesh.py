@@ -28,7 +28,9 @@ CALM = ['--config.model.init=random', '--config.perturbation.kind=none', '--conf
 
 
 def environment(devices):
-    return os.environ | {'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'}
+    # Without the cache of the tests: as by default, processes that share a run compile alike.
+    kept = {name: x for name, x in os.environ.items() if name != 'JAX_COMPILATION_CACHE_DIR'}
+    return kept | {'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'}
 
 
 def command(*arguments, module='main', program=None):
@@ -128,7 +130,8 @@ def start_two(workdir, *flags, module='main', program=None, share=2):
 
 def finish(processes):
     outputs = [process.communicate(timeout=150) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    errors = '\n'.join(error for _, error in outputs)
+    assert [process.returncode for process in processes] == [0, 0], errors
     return [output for output, _ in outputs]
 
 

@@ -19,7 +19,7 @@ grows fastest backwards in time. So, for the very noise of a run:
     `passive_deviations`, `persistence`   the rest, which is the larger part at first
 
 All work on any model whose train step can be had for any number of features, as a pure function
-(state, batch) -> state with a state (params, rest), see `zerojax.stability`.
+(state, batch) -> state with a state (params, rest), see `zerojax.measure.stability`.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -10,7 +10,7 @@ floats are linearised with the weights; anything else is followed along the symm
 `of_train_step` brings zerojax's own step into this form.
 
 The theory fails where the step has no derivative. Features exactly at a ReLU's kink make any
-perturbation, however small, a finite one (`zerojax.kinks` counts them); for these,
+perturbation, however small, a finite one (`zerojax.measure.kinks` counts them); for these,
 `one_sided_log_asymmetry`. And a feature that a perturbation takes over a kink later changes the
 gradient by a finite amount: from there on the asymmetry is larger than predicted, so a predicted
 onset is late rather than early (`kinks.crossings` counts these inputs).

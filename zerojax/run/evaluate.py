@@ -15,11 +15,11 @@ from zerojax import config as config_lib
 from zerojax.host import distributed
 from zerojax.host.records import Record
 from zerojax.measure import metrics
-from zerojax.models import Network
 from zerojax.run.data import Dataset, normalization
 from zerojax.run.executable import Executable
 from zerojax.step import TrainState, cross_entropy, eval_step_function, jit_in_mode
 from zerojax.step.batch import normalize
+from zerojax.step.model import Model
 
 EVAL_BATCH_SIZE = 500
 
@@ -37,7 +37,7 @@ class Evaluation:
         self,
         config: ConfigDict,
         dataset: Dataset,
-        model: Network,
+        model: Model,
         for_all_runs: Any = one_run,
         batch_sharding: jax.sharding.NamedSharding | None = None,
     ) -> None:

@@ -24,8 +24,9 @@ class Reduction:
         orbits: of the features, sets of them as `quotient.shares` makes them.
 
     Attributes:
+        model: the small network, to be applied to reduced variables.
         step: the train step, a pure (state, source) -> state with a state (params, rest), see
-            `zerojax.stability`.
+            `zerojax.measure.stability`.
     """
 
     def __init__(self, program: Program, orbits: symmetry.Orbits) -> None:
@@ -37,8 +38,8 @@ class Reduction:
             quotient.average_gradients(self._axes['params'], orbits),
             build_optimizer(program.config, scalars_of(program.config)),
         )
-        model = quotient.Quotient(self._small, self._axes, orbits)
-        train_step = train_step_function(model, self._tx)
+        self.model = quotient.Quotient(self._small, self._axes, orbits)
+        train_step = train_step_function(self.model, self._tx)
 
         def step(state: TrainState, source: Source) -> Any:
             return train_step(state, program.make_batch(state, source))
