@@ -22,6 +22,8 @@ from typing import Any
 
 import jax
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 from numpy.typing import ArrayLike
 
@@ -199,11 +201,8 @@ def machine() -> str:
     )
 
 
-def new_figure(rows: int, columns: int, width: float = 10, height: float = 4) -> tuple[Any, Any]:
+def new_figure(rows: int, columns: int, width: float = 10, height: float = 4) -> tuple[Figure, Any]:
     """A figure and its axes, in inches; without pyplot, so nothing global is touched."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(width, height), layout='constrained')
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns)
@@ -237,7 +236,7 @@ def plot_band(axes: Any, x: ArrayLike, series: Sequence[ArrayLike], **kwargs: An
     axes.fill_between(x, low, high, color=kwargs['color'], alpha=0.2, lw=0)
 
 
-def save_figure(experiment: Experiment, figure: Any) -> None:
+def save_figure(experiment: Experiment, figure: Figure) -> None:
     """Writes figure.png and figure.pdf, if they can be drawn."""
 
     def save() -> None:

@@ -12,6 +12,8 @@ import sys
 from typing import Any
 
 from flax.traverse_util import flatten_dict
+from matplotlib import colormaps
+from matplotlib.patches import Rectangle
 
 from experiments import runs
 from experiments.trajectories import Laboratory, listed_steps
@@ -19,6 +21,7 @@ from zerojax.perturb import Perturbation
 from zerojax.step.order import ORDER_GROUPS
 
 SHORTCUTS = ('pre_relu', 'post_relu')
+VIRIDIS = colormaps['viridis']
 
 
 def all_layers() -> dict[str, list[tuple[float, Perturbation]]]:
@@ -71,17 +74,13 @@ def draw_grid(
     axes: Any, rows: list[str], cells: list[list[tuple[str, float] | None]], num_steps: int
 ) -> None:
     """A row a source; in each cell a text, coloured by its onset."""
-    from matplotlib import colormaps
-    from matplotlib.patches import Rectangle
-
-    viridis = colormaps['viridis']
     for i, row in enumerate(cells):
         for j, cell in enumerate(row):
             if cell is None:
                 continue
             text, onset = cell
             never = onset > num_steps
-            shade = '#DDDDDD' if never else viridis(1 - 0.85 * onset / num_steps)
+            shade = '#DDDDDD' if never else VIRIDIS(1 - 0.85 * onset / num_steps)
             axes.add_patch(Rectangle((j, i), 0.96, 0.92, color=shade, lw=0))
             dark = not never and onset > 0.5 * num_steps
             axes.text(
