@@ -14,7 +14,7 @@ import tempfile
 import jax
 
 from zerojax.host import terminal
-from zerojax.host.manifest import usable_cores
+from zerojax.host.manifest import cpuinfo, usable_cores
 
 
 def use_compilation_cache() -> None:
@@ -66,9 +66,6 @@ def default_folder() -> pathlib.Path:
 def cpu_name() -> str:
     """A name of kind and number of CPUs, the same on machines that may share compiled programs."""
     facts = [platform.processor(), str(usable_cores()), os.environ.get('NPROC', '')]
-    with contextlib.suppress(OSError, UnicodeDecodeError):  # it is there on Linux
-        first = pathlib.Path('/proc/cpuinfo').read_text().split('\n\n')[0]
-        facts += [
-            x for x in first.splitlines() if x.startswith(('model name', 'flags', 'Features'))
-        ]
+    first = cpuinfo().split('\n\n')[0]
+    facts += [x for x in first.splitlines() if x.startswith(('model name', 'flags', 'Features'))]
     return f'{platform.machine()}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:12]}'
