@@ -22,6 +22,7 @@ import pytest
 
 from zerojax.config import default_config
 from zerojax.host.errors import RunError, UsageError
+from zerojax.host.stop import StopRequest, exit_on_signals
 from zerojax.run import recorder
 from zerojax.run.program import Programs
 from zerojax.run.train import train
@@ -162,6 +163,32 @@ def test_a_handler_that_no_python_code_has_set_stays(expected, programs, tmp_pat
     monkeypatch.setattr(signal, 'getsignal', lambda number: None)
     monkeypatch.setattr(signal, 'signal', raising)
     assert train(toy(), tmp_path, programs)['params_sha256'] == expected
+
+
+def test_a_second_signal_is_for_the_program_around_it(expected, programs, tmp_path, monkeypatch):
+    """As of somebody who interrupts a cell of a notebook twice, and wants to keep the notebook."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def interrupted_twice(*_):
+        signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(recorder.Recorder, 'record_step', interrupted_twice)
+    with no_trace(), pytest.raises(KeyboardInterrupt):
+        train(toy(), tmp_path, programs)
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_a_command_at_once(number):
+    """By the system: a handler of Python's would wait until what is compiled is done."""
+    exit_on_signals()
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        signal.raise_signal(number)
+        assert stop.signal == number
+        assert {signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM)} == {signal.SIG_DFL}
+    assert signal.getsignal(number) is before
 
 
 @pytest.mark.slow
