@@ -10,7 +10,6 @@ import pytest
 from shell import TOY, shell, whole
 
 from zerojax import predict
-from zerojax.host import figures
 
 pytestmark = pytest.mark.slow
 
@@ -21,9 +20,9 @@ def undisturbed(tmp_path_factory):
     done = shell(f'python -m zerojax.main {TOY} --workdir={workdir}')
     assert (done.returncode, done.stderr) == (0, '')
     accuracy, broken, where = done.stdout.splitlines()[-3:]
-    numbers = r'accuracy 0\.\d{4} after step 4, best 0\.\d{4}; asymmetry 0\.000\d+'
+    numbers = r'held-out accuracy 0\.\d{4} after step 4, best 0\.\d{4}; asymmetry 0\.000\d+'
     assert re.fullmatch(numbers, accuracy)
-    assert broken == 'symmetry broke: hidden at step 0'
+    assert broken == 'symmetry broken: at step 0 (hidden)'
     assert where == f'{workdir}/summary.json, figures/run.png'
     return workdir
 
@@ -33,8 +32,8 @@ def test_a_run_that_is_finished_says_once_more_what_came_of_it(undisturbed):
     assert (done.returncode, done.stderr) == (0, '')
     resuming, accuracy, broken, where = done.stdout.splitlines()
     assert resuming == f'RESUMING at step 4 of 4 in {undisturbed}'
-    assert accuracy.startswith('accuracy 0.')
-    assert broken == 'symmetry broke: hidden at step 0'
+    assert accuracy.startswith('held-out accuracy 0.')
+    assert broken == 'symmetry broken: at step 0 (hidden)'
     assert where == f'{undisturbed}/summary.json, figures/run.png'
 
 
@@ -143,12 +142,13 @@ def test_a_device_that_is_missing_is_no_damage_to_a_run(undisturbed, other, comm
     [
         ('', 0, '±', ''), ('| head -1', 0, 'Newest', ''), ('2>&-', 0, '±', ''),
         ('> /dev/full', 1, '', 'error: stdout cannot be written; name a file with --output='),
-        ('--output=/tmp/zerojax.json > /dev/full; rm /tmp/zerojax.json', 0, '', ''),
+        ('--output={tmp}/found.json > /dev/full', 0, '', ''),
     ],
 )  # fmt: skip
 def test_a_comparison_is_read_to_its_end_or_not(
-    undisturbed, other, streams, status, output, complaint
+    undisturbed, other, tmp_path, streams, status, output, complaint
 ):
+    streams = streams.format(tmp=tmp_path)
     done = shell(f'python -m zerojax.compare {undisturbed} {other} {streams}')
     assert done.returncode == status, done.stderr
     assert output in done.stdout
@@ -180,7 +180,3 @@ def test_a_prediction_without_its_figure_is_whole(tmp_path, monkeypatch, capsys)
     assert printed.err == f'{note} be found)\n'
     assert printed.out.endswith(f'{tmp_path}/predict.json\n')
     assert {path.name for path in tmp_path.iterdir()} == {'predict.json'}
-
-
-def test_a_figure_is_drawn_for_one_thread_at_a_time(tmp_path):
-    assert figures.try_to_draw(tmp_path, lambda: figures._DRAWING.locked())

@@ -239,7 +239,7 @@ def check(config: ConfigDict) -> None:
             f'num_steps={config.num_steps}, num_epochs={config.num_epochs}: '
             'give exactly one of them, and None for the other, as --config.num_steps=None'
         )
-    with_absolute_paths(config)
+    with_absolute_paths(config)  # raises if one is no path
     unused = ('b1', 'b2') if config.optimizer.name == 'sgd' else ('momentum', 'nesterov')
     for name in unused:
         if config.optimizer[name] != template.optimizer[name]:

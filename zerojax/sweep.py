@@ -52,7 +52,7 @@ from zerojax.run import cli
 from zerojax.run.building import scalars_of, structure
 from zerojax.run.checks import check_structure, resolve
 from zerojax.run.program import Programs
-from zerojax.run.train import claim, opened, train, train_runs
+from zerojax.run.train import absolute_workdir, claim, train, train_runs
 from zerojax.step.precision import numbers_of
 
 Job = tuple[ConfigDict, pathlib.Path]  # a run: its config, and its folder
@@ -93,7 +93,10 @@ def sweep(
                 f'--runs_at_once={runs_at_once}: must be 1 with determinism.mode=hardware, where '
                 'each run is audited'
             )
-    jobs = [(config_lib.with_absolute_paths(config), opened(folder)) for config, folder in jobs]
+    jobs = [
+        (config_lib.with_absolute_paths(config), absolute_workdir(folder))
+        for config, folder in jobs
+    ]
     programs = programs or Programs()
     resolved: dict[int, ConfigDict] = {}
     summaries: dict[int, records.Record] = {}

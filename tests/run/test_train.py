@@ -96,10 +96,10 @@ def test_a_run_leaves_what_the_contract_says(tiny_config, tmp_path, capsys):
 @pytest.mark.parametrize(
     'broken_streams,expected',
     [
-        ({'stem': 0, 'block2_0': 0}, 'symmetry broke: stem, block2_0 at step 0'),
-        ({'a': 12, 'b': None, 'c': 3}, 'symmetry broke: c at step 3; a at step 12; b never'),
-        ({'a': None, 'b': None}, 'symmetry broke: a, b never'),
-        ({f'block{i}_0': i for i in range(100)}, 'symmetry broke: block0_0 at step 0; block1_0 at'),
+        ({'stem': 0, 'block2_0': 0}, 'symmetry broken: at step 0 (stem, block2_0)'),
+        ({'a': 12, 'b': None, 'c': 3}, 'symmetry broken: at step 3 (c), at step 12 (a), never (b)'),
+        ({'a': None, 'b': None}, 'symmetry broken: never (a, b)'),
+        ({f'block{i}_0': i for i in range(100)}, 'symmetry broken: at step 0 (block0_0), at step'),
     ],
 )
 def test_the_end_of_a_run_says_what_came_of_it(broken_streams, expected):
@@ -108,7 +108,7 @@ def test_the_end_of_a_run_says_what_came_of_it(broken_streams, expected):
         'asymmetry': 1.0784321, 'broken_streams': broken_streams,
     }  # fmt: skip
     first, *symmetry, last = recorder.outcome(summary, pathlib.Path('runs/x'), drawn=True)
-    assert first == 'accuracy 0.9806 after step 700, best 0.9833; asymmetry 1.078'
+    assert first == 'held-out accuracy 0.9806 after step 700, best 0.9833; asymmetry 1.078'
     assert ' '.join(symmetry).startswith(expected)
     assert last == 'runs/x/summary.json, figures/run.png'
     assert len(symmetry) <= 2

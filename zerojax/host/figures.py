@@ -24,9 +24,6 @@ def import_in_background() -> None:
     threading.Thread(target=import_it, name='import of Matplotlib').start()
 
 
-_DRAWING = threading.Lock()  # Matplotlib's caches of fonts and glyphs are for one thread
-
-
 def try_to_draw(path: pathlib.Path, draw: Callable[[], object]) -> bool:
     """Whether `draw` made the figure `path`; if not, a line on stderr says why, and no more.
 
@@ -34,8 +31,7 @@ def try_to_draw(path: pathlib.Path, draw: Callable[[], object]) -> bool:
     matplotlibrc of the user's or a full disk takes nothing else with it.
     """
     try:
-        with _DRAWING:
-            draw()
+        draw()
     except Exception as error:
         reason = (str(error).strip().splitlines() or [''])[0]
         terminal.complain(f'note: {path} could not be drawn ({type(error).__name__}: {reason})')

@@ -94,9 +94,10 @@ def check_devices() -> None:
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # the latter, of a plugin that is missing
+        reason = str(error).partition('\n')[0] or 'JAX has no plugin for it'
         raise UsageError(
-            f'{", ".join(asked) or "JAX"}: there is no such device, or JAX has no plugin for it; '
-            'install the extra gpu or tpu, or unset it'
+            f'{", ".join(asked) or "JAX_PLATFORMS"}: no such device ({reason}); install the extra '
+            f'gpu or tpu, or {"unset it" if asked else "set it to cpu"}'
         ) from error
     for name in IN_THE_WAY:
         value = getattr(jax.config, name)

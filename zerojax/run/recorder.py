@@ -285,14 +285,14 @@ def outcome(summary: Record, workdir: pathlib.Path, drawn: bool) -> list[str]:
     at_steps: dict[int | None, list[str]] = {}
     for stream, at_step in summary['broken_streams'].items():
         at_steps.setdefault(at_step, []).append(stream)
-    broken = '; '.join(
-        f'{", ".join(streams)} {"never" if at_step is None else f"at step {at_step}"}'
+    broken = ', '.join(
+        f'{"never" if at_step is None else f"at step {at_step}"} ({", ".join(streams)})'
         for at_step, streams in sorted(at_steps.items(), key=lambda each: (each[0] is None, each))
     )
     return [
-        f'accuracy {summary["eval_accuracy"]:.4f} after step {summary["step"]}, '
-        f'best {summary["best_eval_accuracy"]:.4f}; asymmetry {summary["asymmetry"]:.4g}',
-        *textwrap.wrap(f'symmetry broke: {broken}', COLUMNS, max_lines=2, placeholder=' ...'),
+        f'held-out accuracy {summary["eval_accuracy"]:.4f} after step {summary["step"]}, best '
+        f'{summary["best_eval_accuracy"]:.4f}; asymmetry {summary["asymmetry"]:.4g}',
+        *textwrap.wrap(f'symmetry broken: {broken}', COLUMNS, max_lines=2, placeholder=' ...'),
         f'{workdir}/summary.json' + (', figures/run.png' if drawn else ''),
     ]
 

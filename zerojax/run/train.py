@@ -36,8 +36,8 @@ def train(
     """Trains `config` in `workdir`, or goes on with the run that is there.
 
     In any thread, notebook or program: afterwards signal handlers, JAX's options and all else that
-    is the process's are as before. In the main thread SIGTERM and SIGINT stop the run meanwhile; in
-    another one nothing does but the end of the process.
+    is the process's are as before. Threads take turns. In the main thread SIGTERM and SIGINT stop
+    the run meanwhile; in another one nothing does but the end of the process.
 
     Runs that follow one another may share `programs`, so that they are compiled once, and a
     `progress` of all their steps.
@@ -81,7 +81,10 @@ def train_runs(
         # What can be wrong is found out before anything is written.
         for config, _ in runs:
             config_lib.check(config)
-        runs = [(config_lib.with_absolute_paths(config), opened(dir)) for config, dir in runs]
+        runs = [
+            (config_lib.with_absolute_paths(config), absolute_workdir(workdir))
+            for config, workdir in runs
+        ]
         dataset = programs.dataset(runs[0][0])
         configs = [resolve(config, dataset) for config, _ in runs]
         workdirs = [workdir for _, workdir in runs]
@@ -118,7 +121,7 @@ def train_runs(
     return results
 
 
-def opened(workdir: pathlib.Path) -> pathlib.Path:
+def absolute_workdir(workdir: pathlib.Path) -> pathlib.Path:
     """The folder of a run, absolute, if it can be one.
 
     Raises:
