@@ -33,7 +33,7 @@ from zerojax.host.errors import UsageError
 from zerojax.host.records import Record
 from zerojax.host.stop import exit_on_signals
 from zerojax.host.terminal import say
-from zerojax.run import cli
+from zerojax.run import checks, cli
 from zerojax.sweep import sweep
 
 # Okabe and Ito's colours, told apart by colour-blind readers too.
@@ -88,6 +88,7 @@ def main(
         number = cli.count(values, 'seeds', least=1)
         if number > MAX_SEEDS:
             raise UsageError(f'--seeds={number}: must be at most {MAX_SEEDS}')
+        checks.check_devices()
         cli.make_folder(workdir)
         command = ' '.join(['python -m', f'experiments.{name}', *argv[1:]])
         run(Experiment(name, command, config, workdir, number))

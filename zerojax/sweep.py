@@ -50,7 +50,7 @@ from zerojax.host.stop import exit_on_signals
 from zerojax.host.terminal import say
 from zerojax.run import cli
 from zerojax.run.building import scalars_of, structure
-from zerojax.run.checks import check_structure, resolve
+from zerojax.run.checks import check_devices, check_structure, resolve
 from zerojax.run.program import Programs
 from zerojax.run.train import absolute_workdir, claim, train, train_runs
 from zerojax.step.precision import numbers_of
@@ -97,6 +97,7 @@ def sweep(
         (config_lib.with_absolute_paths(config), absolute_workdir(folder))
         for config, folder in jobs
     ]
+    check_devices()
     programs = programs or Programs()
     resolved: dict[int, ConfigDict] = {}
     summaries: dict[int, records.Record] = {}

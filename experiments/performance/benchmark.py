@@ -29,7 +29,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import pathlib
 import resource
 import subprocess
 import sys
@@ -53,7 +52,7 @@ from experiments.performance.measuring import (
     time_alone,
     time_in_turns,
 )
-from zerojax.host import records
+from zerojax.host import paths, records
 from zerojax.host.command import run_command
 from zerojax.host.errors import RunError, UsageError
 from zerojax.host.stop import raise_on_signals
@@ -292,7 +291,7 @@ def run(argv: list[str]) -> None:
     from experiments import runs  # Matplotlib: not in the processes whose memory is measured
 
     command = ' '.join(['python -m experiments.performance.benchmark', *argv[1:]])
-    workdir = pathlib.Path(values.workdir)
+    workdir = paths.meant(values.workdir, f'--workdir={values.workdir}')
     repetitions = cli.count(values, 'repetitions', least=1)
     machine, _ = in_process('machine')
     if machine is None:

@@ -38,7 +38,7 @@ from zerojax.host.errors import RunError
 from zerojax.host.stop import raise_on_signals
 from zerojax.host.terminal import say
 from zerojax.models.convolutions import convolve_direct, convolve_patches
-from zerojax.run import cli
+from zerojax.run import checks, cli
 from zerojax.step.determinism import jit_in_mode
 
 REPETITIONS = 9
@@ -196,6 +196,7 @@ def run(argv: list[str]) -> None:
     batch = cli.count(values, 'batch', least=1)
     cli.make_folder(workdir)
     of_torch = iter(all_of_torch(batch))
+    checks.check_devices()  # only now, as PyTorch may need the device too
     rows = []
     for shape in SHAPES:
         for which in PASSES:

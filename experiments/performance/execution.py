@@ -81,6 +81,7 @@ def seconds_of_measurements(config_file: str, variant: str) -> tuple[float, list
 def run(argv: list[str]) -> None:
     """The command, which has no flags."""
     cli.parse(argv, cli.text_flags())
+    checks.check_devices()
     device = jax.devices()[0]
     say(f'jax {jax.__version__}, {device.device_kind}, {platform.machine()}')
     say('| images | batch | convolution | steps_per_call | ms a step |')
