@@ -8,6 +8,9 @@ import jax
 import pytest
 from shell import DIGITS, ROOT
 
+from zerojax.host.errors import UsageError
+from zerojax.run import cli
+
 COMMANDS = [
     '.'.join(path.relative_to(ROOT).with_suffix('').parts).removesuffix('.__main__')
     for room in ('zerojax', 'experiments')
@@ -16,6 +19,7 @@ COMMANDS = [
 ]
 WITHOUT_FLAGS = {'experiments.own_model'}  # as a user would write it
 WITHOUT_A_FOLDER = {'experiments.performance.execution', 'zerojax.compare', 'zerojax.convert'}
+RUNS = {'zerojax.main', 'zerojax.sweep'}  # whose folders the runs make
 WITHOUT_A_CONFIG = {
     f'experiments.performance.{name}' for name in ('benchmark', 'convolutions', 'reduced')
 }
@@ -39,7 +43,10 @@ def status(command, *flags):
 
 
 def config_of(command):
-    return [] if command in WITHOUT_A_CONFIG else [DIGITS]
+    """A config that suits every command."""
+    if command in WITHOUT_A_CONFIG:
+        return []
+    return [DIGITS, '--config.perturbation.kind=gaussian', '--config.perturbation.scale=1e-6']
 
 
 @pytest.fixture
@@ -62,6 +69,20 @@ def test_a_workdir_is_where_the_user_means_it(elsewhere, capsys, command):
     assert not list(elsewhere.iterdir())
 
 
+@pytest.mark.parametrize('command', sorted(set(COMMANDS) - WITHOUT_FLAGS - WITHOUT_A_FOLDER - RUNS))
+def test_a_folder_is_made_in_the_home_that_was_meant(elsewhere, monkeypatch, command):
+    made = []
+
+    def make_folder(workdir):
+        made.append(workdir)
+        raise UsageError('made')
+
+    monkeypatch.setattr(cli, 'make_folder', make_folder)
+    monkeypatch.setenv('HOME', str(elsewhere / 'home'))
+    assert status(command, *config_of(command), '--workdir=~/x') == 2
+    assert made == [elsewhere / 'home' / 'x']
+
+
 def no_device(*_):
     raise AssertionError  # as JAX does where a plugin is missing
 
@@ -74,9 +95,7 @@ def test_a_missing_device_is_one_line_and_nothing_is_written(
 ):
     for name in ('devices', 'default_backend'):
         monkeypatch.setattr(jax, name, no_device)
-    perturbation = ['--config.perturbation.kind=gaussian', '--config.perturbation.scale=1e-6']
-    flags = [*config_of(command), *(perturbation if config_of(command) else [])]
-    assert status(command, *flags, '--workdir=x') == 2
+    assert status(command, *config_of(command), '--workdir=x') == 2
     printed = capsys.readouterr()
     assert printed.err.startswith('error: ') and printed.err.count('\n') == 1
     assert 'no such device (JAX has no plugin for it); install the extra gpu' in printed.err
