@@ -18,7 +18,9 @@ COMMANDS = [
     if "__name__ == '__main__'" in path.read_text()
 ]
 WITHOUT_FLAGS = {'experiments.own_model'}  # as a user would write it
-WITHOUT_A_FOLDER = {'experiments.performance.execution', 'zerojax.compare', 'zerojax.convert'}
+WITHOUT_A_FOLDER = {
+    'experiments.all', 'experiments.performance.execution', 'zerojax.compare', 'zerojax.convert',
+}  # fmt: skip
 RUNS = {'zerojax.main', 'zerojax.sweep'}  # whose folders the runs make
 WITHOUT_A_CONFIG = {
     f'experiments.performance.{name}' for name in ('benchmark', 'convolutions', 'reduced')

@@ -129,11 +129,10 @@ def test_every_config_is_valid_and_says_how_to_run_it(path):
     spec.loader.exec_module(module)
     check(module.get_config())
     assert f'python -m zerojax.main --config=configs/{path.name}' in module.__doc__
-    for variant in ('trial', 'wide'):
-        if f'{path.name}:{variant}' in module.__doc__:
-            check(module.get_config(variant))
-            with pytest.raises(ValueError, match=variant):
-                module.get_config('trail')
+    for variant in re.findall(rf'{path.name}:(\w+)', module.__doc__):
+        check(module.get_config(variant))
+        with pytest.raises(ValueError, match=f"'{variant}'"):
+            module.get_config(f'not {variant}')
 
 
 def test_the_workdir_is_named_after_the_config_unless_given():

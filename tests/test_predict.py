@@ -46,6 +46,9 @@ def test_the_command_predicts_streams_onsets_and_curves(tmp_path, capsys):
         assert {name: len(curve) for name, curve in curves.items()} == dict.fromkeys(streams, 21)
     assert found['operations']['full'] > 2 * found['operations']['reduced']
     assert found['seconds'] > 0
+    start = max(curve[0] for curve in found['linear_curves']['1e-06'].values())
+    assert found['rounding_scale'] * 10**start == pytest.approx(2**-24 * 1e-6, rel=1e-6)
+    assert not any('rounding decides' in line for line in lines), 'of noise that is larger'
     assert (tmp_path / 'p' / 'figures' / 'predict.png').read_bytes()[:4] == b'\x89PNG'
 
 
@@ -107,6 +110,19 @@ def test_growth_is_the_slope_of_the_second_half():
     assert growth_per_step(np.full(5, -np.inf)) is None
 
 
+def test_noise_below_one_rounding_is_said_to_be():
+    found = {
+        'streams': {},
+        'onsets': [
+            {'scale': 1e-9, 'stream': None, 'linear': 9, 'reduced': 9.0, 'reduced_seeds': [9]}
+        ],
+    }
+    lines = predict.screen(found | {'rounding_scale': 1e-8})
+    assert any('below a scale of 1e-08 rounding decides' in line for line in lines)
+    lines = predict.screen(found | {'rounding_scale': 1e-9})
+    assert not any('rounding decides' in line for line in lines)
+
+
 @pytest.mark.slow
 def test_streams_that_the_noise_does_not_break_stay_symmetric_in_both_predictions(tiny_config):
     tiny_config.perturbation.streams = ('block3_0',)
@@ -126,7 +142,7 @@ def test_the_noise_is_what_the_run_adds_to_its_weights(tiny_config, tmp_path):
     tiny_config.model.width = 20
     tiny_config.perturbation.seed = 5
     predictor = Predictor(tiny_config, data.load_of(tiny_config), 1, 4)
-    noise = predictor.noise(5)
+    noise = predictor.noise(5).weights
     train.train(tiny_config, tmp_path / 'run')
     saved = records.read_json(tmp_path / 'run' / 'summary.json')
     curves = predictor.linear(1e-5)

@@ -24,6 +24,7 @@ import statistics
 import sys
 import time
 
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -152,10 +153,21 @@ def predict(
         'onsets': [row for scale in scales for row in onset_records(scale, *curves[scale])],
         'curves': {str(scale): in_log10(reduced[scale][0]) for scale in scales},
         'linear_curves': {str(scale): in_log10(curves[scale][0]) for scale in scales},
+        'rounding_scale': rounding_scale(predictor),
         'operations': operations,
         'steps': predictor.steps,
     }
     return found, curves
+
+
+def rounding_scale(predictor: Predictor) -> float:
+    """The scale of noise whose asymmetry at the start is one rounding of the run's arithmetic.
+
+    What is smaller may be swallowed, whatever the linear law says of it, or blown up.
+    """
+    dtype = predictor.config.model.dtype or predictor.config.param_dtype
+    roundoff = float(jnp.finfo(dtype).eps) / 2
+    return roundoff / math.exp(largest(predictor.linear(1.0))[0])
 
 
 def screen(found: records.Record) -> list[str]:
@@ -185,6 +197,14 @@ def screen(found: records.Record) -> list[str]:
                 ', '.join(shown(onset) for onset in each['reduced_seeds']),
             )
         )
+    floor = found['rounding_scale']
+    if any(each['scale'] < floor for each in found['onsets']):
+        lines += [
+            '',
+            f'below a scale of {floor:.0e} rounding decides: such noise starts training about when '
+            'the reduced',
+            'network says, or, where it is swallowed, never',
+        ]
     return [line[:100].rstrip() for line in lines]
 
 
