@@ -15,6 +15,7 @@ import sys
 from zerojax.host.command import run_command
 from zerojax.host.errors import RunError
 from zerojax.host.stop import exit_on_signals
+from zerojax.host.terminal import say
 from zerojax.run import cli
 
 PAPER_SIZE = (
@@ -70,11 +71,11 @@ def run(argv: list[str]) -> None:
     cli.parse(argv, values)
     for experiment, minutes in MINUTES.items():
         finished = ' (has a table)' if (workdir(experiment) / 'table.csv').exists() else ''
-        print(f'{minutes:4} min  {experiment}{finished}')
-    print(f'{sum(MINUTES.values()) / 60:.1f} hours on two CPU cores, if none was begun', flush=True)
+        say(f'{minutes:4} min  {experiment}{finished}')
+    say(f'{sum(MINUTES.values()) / 60:.1f} hours on two CPU cores, if none was begun')
     for experiment in MINUTES:
         line = command(experiment, values.data_dir)
-        print(f'\n== {" ".join(["python", *line[1:]])}', flush=True)
+        say(f'\n== {" ".join(["python", *line[1:]])}')
         status = subprocess.run(line, check=False).returncode
         if status:
             raise RunError(f'{" ".join(line[1:])}: exit status {status}; see above')

@@ -26,6 +26,7 @@ import numpy as np
 from experiments import runs
 from experiments.trajectories import Laboratory
 from zerojax import symmetry
+from zerojax.host.terminal import say
 from zerojax.measure.stability import State
 from zerojax.perturb import Perturbation, perturb_weights
 from zerojax.run.evaluate import Evaluation
@@ -100,7 +101,7 @@ def measure(experiment: runs.Experiment, laboratory: Laboratory) -> Accuracies:
                 accuracies = [network.accuracy(scale, seed) for seed in range(experiment.seeds)]
                 found[scale, where, m] = accuracies
                 listed = ', '.join(f'{x:.3f}' for x in accuracies)
-                print(f'{m} unique, {where}, noise {scale:g}: accuracy {listed}', flush=True)
+                say(f'{m} unique, {where}, noise {scale:g}: accuracy {listed}')
     return found
 
 

@@ -20,6 +20,7 @@ from experiments.trajectories import Laboratory, Trajectory, listed_steps
 from zerojax import audit
 from zerojax import config as config_lib
 from zerojax.host import manifest, records
+from zerojax.host.terminal import say
 from zerojax.measure import step_audit
 from zerojax.perturb import NONE, Perturbation
 
@@ -88,7 +89,7 @@ def arms(floor: float) -> dict[str, tuple[str, Perturbation, str]]:
 def run(experiment: runs.Experiment) -> None:
     floor, verdict = noise_floor(experiment)
     for sentence in verdict:
-        print(f'audit: {sentence}', flush=True)
+        say(f'audit: {sentence}')
     found, rows = {}, []
     for arm, (mode, perturbation, noise) in arms(floor).items():
         for project in (False, True):

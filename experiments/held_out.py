@@ -19,6 +19,7 @@ from configs import cifar, fashion_mnist
 from experiments import runs
 from experiments.trajectories import METHODS, Laboratory, listed_steps
 from zerojax.host import records
+from zerojax.host.terminal import say
 from zerojax.measure import stability
 from zerojax.perturb import Perturbation
 from zerojax.predict import median_onset
@@ -144,7 +145,7 @@ def run(experiment: runs.Experiment) -> None:
     }
     found = {}
     for (name, shortcut), laboratory in laboratories.items():
-        print(f'-- {experiment.name}: {name}, {shortcut}', flush=True)
+        say(f'-- {experiment.name}: {name}, {shortcut}')
         found[name, shortcut] = measure(laboratory, experiment.seeds)
     draw(experiment, found)
     rows = []
@@ -168,7 +169,7 @@ def run(experiment: runs.Experiment) -> None:
     runs.write_table(experiment, rows)
     of_all = [each for by_scale in found.values() for each in by_scale]
     records.write_csv(experiment.workdir / 'errors.csv', [summed(of_all, x) for x in METHODS])
-    print(f'{experiment.workdir}/errors.csv')
+    say(f'{experiment.workdir}/errors.csv')
 
 
 if __name__ == '__main__':

@@ -20,6 +20,7 @@ import numpy as np
 from experiments import runs
 from experiments.trajectories import ONSET, Laboratory, Trajectory, listed_steps
 from zerojax.host import records
+from zerojax.host.terminal import say
 from zerojax.measure import kinks, stability
 from zerojax.perturb import NONE, Perturbation
 from zerojax.run import prediction
@@ -130,7 +131,7 @@ def measure(experiment: runs.Experiment, shortcut: str) -> dict[str, Any]:
     found: dict[str, Any] = {'measured': {}, 'linear': [], 'one_sided': []}
     found |= {'reduced': [], 'kinks': []}
     for seed in range(experiment.seeds):
-        print(f'-- {experiment.name}: {shortcut}, prediction, seed {seed}', flush=True)
+        say(f'-- {experiment.name}: {shortcut}, prediction, seed {seed}')
         found['linear'].append(laboratory.linear(seed))
         found['reduced'].append(laboratory.reduced(seed))
         counted = laboratory.features_on_kinks(seed)
@@ -261,7 +262,7 @@ def run(experiment: runs.Experiment) -> None:
     counted = [row for shortcut in SHORTCUTS for row in kink_rows(shortcut, found[shortcut])]
     if counted:
         records.write_csv(experiment.workdir / 'kinks.csv', counted)
-        print(f'{experiment.workdir}/kinks.csv')
+        say(f'{experiment.workdir}/kinks.csv')
     runs.write_table(
         experiment, [row for shortcut in SHORTCUTS for row in rows_of(shortcut, found[shortcut])]
     )

@@ -27,12 +27,13 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 from numpy.typing import ArrayLike
 
-from zerojax.host import records
+from zerojax.host import figures, records
 from zerojax.host.command import run_command
 from zerojax.host.errors import UsageError
 from zerojax.host.records import Record
 from zerojax.host.stop import exit_on_signals
-from zerojax.run import cli
+from zerojax.host.terminal import say
+from zerojax.run import checks, cli
 from zerojax.sweep import sweep
 
 # Okabe and Ito's colours, told apart by colour-blind readers too.
@@ -87,6 +88,7 @@ def main(
         number = cli.count(values, 'seeds', least=1)
         if number > MAX_SEEDS:
             raise UsageError(f'--seeds={number}: must be at most {MAX_SEEDS}')
+        checks.check_devices()
         cli.make_folder(workdir)
         command = ' '.join(['python -m', f'experiments.{name}', *argv[1:]])
         run(Experiment(name, command, config, workdir, number))
@@ -167,8 +169,10 @@ def save_table(
     """Prints a table and writes it as table.md (with command, hardware, versions) and table.csv."""
     records.write_csv(workdir / 'table.csv', rows)
     table = markdown(rows)
-    (workdir / 'table.md').write_text(f'    {command}\n\n{conditions}\n\n{table}\n')
-    print(f'\n{table}\n\n{workdir}/table.md, table.csv')
+    (workdir / 'table.md').write_text(
+        f'    {command}\n\n{conditions}\n\n{table}\n', encoding='utf-8'
+    )
+    say(f'\n{table}\n\n{workdir}/table.md, table.csv')
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
@@ -234,7 +238,11 @@ def plot_band(axes: Any, x: ArrayLike, series: Sequence[ArrayLike], **kwargs: An
 
 
 def save_figure(experiment: Experiment, figure: Figure) -> None:
-    """Writes figure.png and figure.pdf."""
-    for suffix in ('png', 'pdf'):
-        figure.savefig(experiment.workdir / f'figure.{suffix}', dpi=150)
-    print(f'{experiment.workdir}/figure.png, figure.pdf')
+    """Writes figure.png and figure.pdf, if they can be drawn."""
+
+    def save() -> None:
+        for suffix in ('png', 'pdf'):
+            figure.savefig(experiment.workdir / f'figure.{suffix}', dpi=150)
+
+    if figures.try_to_draw(experiment.workdir / 'figure.png', save):
+        say(f'{experiment.workdir}/figure.png, figure.pdf')

@@ -34,6 +34,7 @@ from zerojax.host.command import run_command
 from zerojax.host.errors import RunError, UsageError
 from zerojax.host.progress import Progress
 from zerojax.host.stop import raise_on_signals
+from zerojax.host.terminal import say
 from zerojax.measure.prediction import ALONE
 from zerojax.measure.stability import ONSET, predict_onset
 from zerojax.run import cli, data
@@ -132,7 +133,7 @@ def predict(
     """
     operations = predictor.operations()
     for line in cost_lines(predictor, operations, features, len(scales) * seeds):
-        print(line, flush=True)
+        say(line)
     try:
         active = predictor.active()
     except ValueError as error:
@@ -275,8 +276,9 @@ def run(argv: list[str]) -> None:
     cli.make_folder(workdir)
     found, curves = predict(predictor, scales, features, seeds)
     for line in screen(found):
-        print(line)
-    draw(curves, seeds, workdir / 'figures' / 'predict.png')
+        say(line)
+    figure = workdir / 'figures' / 'predict.png'
+    drawn = figures.try_to_draw(figure, lambda: draw(curves, seeds, figure))
     records.write_json(
         workdir / 'predict.json',
         {
@@ -286,7 +288,7 @@ def run(argv: list[str]) -> None:
             'seconds': round(time.monotonic() - began, 1),
         },
     )
-    print(f'\n{workdir}/predict.json, figures/predict.png')
+    say(f'\n{workdir}/predict.json' + (', figures/predict.png' if drawn else ''))
 
 
 def main(argv: list[str]) -> int:

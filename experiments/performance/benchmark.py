@@ -29,7 +29,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import pathlib
 import resource
 import subprocess
 import sys
@@ -53,10 +52,11 @@ from experiments.performance.measuring import (
     time_alone,
     time_in_turns,
 )
-from zerojax.host import records
+from zerojax.host import paths, records
 from zerojax.host.command import run_command
 from zerojax.host.errors import RunError, UsageError
 from zerojax.host.stop import raise_on_signals
+from zerojax.host.terminal import say
 from zerojax.run import cli
 from zerojax.run.data import Dataset, Split
 
@@ -199,7 +199,7 @@ def in_process(
     seconds = time.perf_counter() - began
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ['no message'])[-1]
-        print(f'{row.name if row else ""} {kind}: failed: {reason}', flush=True)
+        say(f'{row.name if row else ""} {kind}: failed: {reason}')
         return None, seconds
     return json.loads(done.stdout.splitlines()[-1]), seconds
 
@@ -221,7 +221,7 @@ def child(text: str) -> None:
 
         compiled = kind == 'torch.compile'
         found = benchmark_torch.measure(Row(**fields), repetitions, compiled=compiled)
-    print(json.dumps(found))
+    say(json.dumps(found))
 
 
 def measure_row(row: Row, repetitions: int, *, with_torch: bool) -> dict[str, Any]:
@@ -291,7 +291,7 @@ def run(argv: list[str]) -> None:
     from experiments import runs  # Matplotlib: not in the processes whose memory is measured
 
     command = ' '.join(['python -m experiments.performance.benchmark', *argv[1:]])
-    workdir = pathlib.Path(values.workdir)
+    workdir = paths.meant(values.workdir, f'--workdir={values.workdir}')
     repetitions = cli.count(values, 'repetitions', least=1)
     machine, _ = in_process('machine')
     if machine is None:
@@ -303,18 +303,18 @@ def run(argv: list[str]) -> None:
                 raise UsageError(f'--rows={name}: no such row; allowed: {", ".join(rows)}')
         rows = {name: rows[name] for name in values.rows.split(',')}
     if machine['backend'] == 'cpu':
-        print('no accelerator here: the CPU is measured', flush=True)
+        say('no accelerator here: the CPU is measured')
     torch_version = importlib.util.find_spec('torch') and importlib.metadata.version('torch')
     cli.make_folder(workdir)
     lines = []
     for name, row in rows.items():
-        print(f'-- {name}', flush=True)
+        say(f'-- {name}')
         lines.append(measure_row(row, repetitions, with_torch=torch_version is not None))
         records.write_csv(workdir / 'table.csv', lines)
     both = '\n\n'.join(runs.markdown(table) for table in tables(lines))
     where = f'{machine["text"]}, torch {torch_version or "not installed"}'
-    (workdir / 'table.md').write_text(f'    {command}\n\n{where}.\n\n{both}\n')
-    print(f'\n{both}\n\n{workdir}/table.md, table.csv')
+    (workdir / 'table.md').write_text(f'    {command}\n\n{where}.\n\n{both}\n', encoding='utf-8')
+    say(f'\n{both}\n\n{workdir}/table.md, table.csv')
 
 
 def main(argv: list[str]) -> int:

@@ -8,7 +8,6 @@ repetitions, which take turns) and seconds to compile. Ten minutes on two CPU co
 network is timed with --full=1, which takes five more. docs/performance.md keeps a result.
 """
 
-import pathlib
 import sys
 import time
 from typing import Any
@@ -20,9 +19,10 @@ import optax
 from experiments import runs
 from experiments.performance import measuring
 from zerojax import models
+from zerojax.host import paths
 from zerojax.host.command import run_command
 from zerojax.host.stop import raise_on_signals
-from zerojax.run import cli
+from zerojax.run import checks, cli
 from zerojax.step import create_state, jit_in_mode, train_step_function
 from zerojax.symmetry import quotient
 from zerojax.symmetry.orbits import feature_counts
@@ -66,7 +66,8 @@ def run(argv: list[str]) -> None:
     cli.parse(argv, values)
     timed_in_full = cli.count(values, 'full', least=0) > 0
     command = ' '.join(['python -m experiments.performance.reduced', *argv[1:]])
-    workdir = pathlib.Path(values.workdir)
+    workdir = paths.meant(values.workdir, f'--workdir={values.workdir}')
+    checks.check_devices()
     cli.make_folder(workdir)
     operations, compiling, calls = {}, {}, {}
     for m in (*FEATURES, None):
