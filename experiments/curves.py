@@ -7,8 +7,9 @@
 
 Gaussian noise of 1e-3 and of 1e-6 on the initial weights. At the paper's size, the second command,
 few steps can be had, in which asymmetry hardly reaches 0.1, so that there is no onset to compare:
-the measure is the difference of log10 of the asymmetry, at each step. One seed; on the digits in two minutes on
-two CPU cores, at the paper's size 25 minutes. See `experiments.runs` for flags and restarts.
+the measure is the difference of log10 of the asymmetry, at each step. One seed; on the digits in
+two minutes on two CPU cores, at the paper's size 25 minutes. See `experiments.runs` for flags and
+restarts.
 """
 
 import sys
