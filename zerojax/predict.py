@@ -33,7 +33,7 @@ from zerojax.host import figures, manifest, records
 from zerojax.host.command import run_command
 from zerojax.host.errors import RunError, UsageError
 from zerojax.host.progress import Progress
-from zerojax.host.stop import raise_on_signals
+from zerojax.host.stop import exit_on_signals
 from zerojax.host.terminal import say
 from zerojax.measure.prediction import ALONE
 from zerojax.measure.stability import ONSET, predict_onset
@@ -53,7 +53,7 @@ def parse_scales(text: str | None, config: ConfigDict) -> list[float]:
     """The scales that --scales names, or the config's.
 
     Raises:
-        UsageError: one is no number above 0.
+        UsageError: one is no number above 0, or would be 0 or infinite in the run's precision.
     """
     if text is None:
         scales = [config.perturbation.scale]
@@ -66,8 +66,11 @@ def parse_scales(text: str | None, config: ConfigDict) -> list[float]:
         scales = [float(each) for each in text.split(',')]
     except ValueError:
         scales = []
-    if not scales or not all(1e-37 <= each <= 1e37 for each in scales):
-        raise UsageError(f'--scales={text}: must be numbers above 0, such as 1e-8,1e-6')
+    least, most = (1e-307, 1e307) if config.param_dtype == 'float64' else (1e-37, 1e37)
+    if not scales or not all(least <= each <= most for each in scales):
+        raise UsageError(
+            f'--scales={text}: must be numbers above 0, such as 1e-8,1e-6, from {least} to {most}'
+        )
     return list(dict.fromkeys(scales))
 
 
@@ -132,9 +135,9 @@ def predict(
         RunError: the symmetric run itself diverges.
     """
     operations = predictor.operations()
-    for line in cost_lines(predictor, operations, features, len(scales) * seeds):
-        say(line)
     try:
+        for line in cost_lines(predictor, operations, features, len(scales) * seeds):
+            say(line)
         active = predictor.active()
     except ValueError as error:
         raise RunError(f'the symmetric run itself: {error}') from error
@@ -293,7 +296,7 @@ def run(argv: list[str]) -> None:
 
 def main(argv: list[str]) -> int:
     """Runs the command line `argv` (with the program's name); returns the exit status."""
-    return run_command(run, argv, __doc__, raise_on_signals)
+    return run_command(run, argv, __doc__, exit_on_signals)
 
 
 if __name__ == '__main__':

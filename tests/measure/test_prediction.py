@@ -155,6 +155,30 @@ def test_noise_without_sums_acts_on_nothing_but_itself():
     assert left[0] == 1 and left[-1] < 0.95, 'the weight decay is in it'
 
 
+def test_covectors_that_are_not_finite_are_refused():
+    def step(state, batch):
+        root = jax.tree.map(jnp.sqrt, state[1][0])  # has no derivative at the start
+        return jax.tree.map(jnp.add, state[0], root), state[1]
+
+    _, (params, _) = network(quotient.shares(COUNTS, 2))
+    state = params, (jax.tree.map(jnp.zeros_like, params),)
+    with pytest.raises(ValueError, match='steps 1 to 3: what they do, backwards in time'):
+        prediction.sensitivities(step, state, [None] * 3, AXES)
+
+
+def test_a_stream_of_which_nothing_is_left_has_covectors_of_zero():
+    def step(state, batch):
+        return jax.tree.map(jnp.zeros_like, state[0]), state[1]
+
+    _, (params, _) = network(quotient.shares(COUNTS, 2))
+    covectors = prediction.sensitivities(step, (params, ()), [None], AXES)
+    assert not any(np.any(x) for x in jax.tree.leaves(covectors))
+    at = prediction.coordinates(noise(), AXES, covectors)
+    _, shares = prediction.arranged(at, 5)
+    expected = {name: prediction.expected_largest(n) for name, n in COUNTS.items()}
+    assert prediction.furthest(at, shares) == expected
+
+
 def test_coordinates_tell_what_each_feature_comes_to():
     drawn = noise()
     at = prediction.coordinates(drawn, AXES, sensitivities())

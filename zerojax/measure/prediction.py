@@ -64,7 +64,10 @@ def sensitivities(
 
     Returns:
         {stream: tree like the params, in NumPy arrays; with what belongs to the rest of the
-        state, of norm 1}.
+        state, of norm 1, or 0 where no weight of the stream decides anything}.
+
+    Raises:
+        ValueError: they are not finite.
     """
     forward = jit_in_mode(step, 'deterministic')
     states = [state]
@@ -80,6 +83,7 @@ def sensitivities(
         _, transposed = jax.vjp(advance, floats_of(state))
         (pulled,) = jax.vmap(transposed)(covectors)
         norms = jax.vmap(optax.tree.norm)(pulled)
+        norms = jnp.where(norms == 0, jnp.ones_like(norms), norms)
         return jax.tree.map(lambda x: x / jnp.expand_dims(norms, range(1, x.ndim)), pulled)
 
     streams = symmetry.stream_names(feature_axes)
@@ -96,6 +100,11 @@ def sensitivities(
     for state, batch in zip(reversed(states), reversed(batches), strict=True):
         covectors = pull(state, covectors, batch)
     found = jax.device_get(covectors[0])
+    if not all(np.isfinite(x).all() for x in jax.tree.leaves(found)):
+        raise ValueError(
+            f'steps 1 to {len(states)}: what they do, backwards in time, is not finite; are they '
+            'themselves, and have they a derivative there?'
+        )
     return {stream: jax.tree.map(lambda x, i=i: x[i], found) for i, stream in enumerate(streams)}
 
 
@@ -249,8 +258,9 @@ def furthest(coordinates: Streams, shares: symmetry.Orbits) -> dict[str, float]:
         _, of_share, sizes = np.unique(shares.first[name], return_inverse=True, return_counts=True)
         means = np.bincount(of_share, at) / sizes
         if (sizes > 1).sum() > 1:
-            own = np.abs(at - at[0]).max() / means[sizes > 1].std(ddof=1)
-            found[name] = min(float(own), expected_largest(len(at)))
+            deviation = means[sizes > 1].std(ddof=1)
+            own = float(np.abs(at - at[0]).max() / deviation) if deviation > 0 else math.inf
+            found[name] = min(own, expected_largest(len(at)))
     return found
 
 

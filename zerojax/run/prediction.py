@@ -301,7 +301,7 @@ def largest(curves: Curves) -> np.ndarray:
 
 def growth_per_step(curve: np.ndarray) -> float | None:
     """Mean slope over the second half of the steps; None where there is no asymmetry."""
-    half = len(curve) // 2
+    half = min(len(curve) // 2, len(curve) - 2)  # of a single step, that one
     if not np.isfinite(curve[[half, -1]]).all():
         return None
     return float((curve[-1] - curve[half]) / (len(curve) - 1 - half))
