@@ -26,6 +26,10 @@ from zerojax.config import default_config
 
 def get_config(variant: str = '') -> ConfigDict:
     """`variant` is '', 'cpu' or 'trial'."""
+    if variant not in ('', 'cpu', 'trial'):
+        raise ValueError(
+            f"variant {variant!r} of configs/cifar.py: must be 'cpu', 'trial' or left out"
+        )
     config = default_config()
     config.num_epochs = 300
     config.eval_every_steps = 390  # an epoch
@@ -36,14 +40,15 @@ def get_config(variant: str = '') -> ConfigDict:
     config.dataset.std = (63.0, 62.1, 66.7)
     config.determinism.mode = 'hardware'
     config.optimizer.drop_at = (159 / 300, 219 / 300, 259 / 300)  # from epochs 160, 220, 260 on
-    if variant == 'cpu':
-        config.num_epochs = 24
-        config.checkpoint_every_steps = 390
+    if variant:
         config.model.width = 1
         config.determinism.mode = 'deterministic'
         config.perturbation.kind = 'gaussian'
         config.perturbation.scale = 1e-6
         config.optimizer.learning_rate = 0.1
+    if variant == 'cpu':
+        config.num_epochs = 24
+        config.checkpoint_every_steps = 390
         config.optimizer.drop_at = (0.5, 0.75, 0.9)
     elif variant == 'trial':
         config.num_epochs = None
@@ -53,16 +58,7 @@ def get_config(variant: str = '') -> ConfigDict:
         config.eval_every_steps = 100
         config.checkpoint_every_steps = 300
         config.model.depth = 10
-        config.model.width = 1
         config.dataset.train_split = 'train[:5000]'
         config.dataset.eval_split = 'test[:1000]'
-        config.determinism.mode = 'deterministic'
-        config.perturbation.kind = 'gaussian'
-        config.perturbation.scale = 1e-6
-        config.optimizer.learning_rate = 0.1
         config.optimizer.drop_at = (0.6, 0.85)
-    elif variant:
-        raise ValueError(
-            f"variant {variant!r} of configs/cifar.py: must be 'cpu', 'trial' or left out"
-        )
     return config

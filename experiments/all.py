@@ -9,6 +9,7 @@ Stopped and started again, it goes on where it was.
 """
 
 import pathlib
+import shlex
 import subprocess
 import sys
 
@@ -28,7 +29,7 @@ FASHION = (
     'images --config=configs/fashion_mnist.py:cpu --seeds=3 '
     '--workdir=runs/experiments/images_fashion_mnist'
 )
-MINUTES = {  # of each on two CPU cores
+MINUTES = {  # of each on two CPU cores; those of `images` are estimated from one epoch
     'arms': 15,
     'leakynet': 30,
     'unique_features': 3,
@@ -75,10 +76,11 @@ def run(argv: list[str]) -> None:
     say(f'{sum(MINUTES.values()) / 60:.1f} hours on two CPU cores, if none was begun')
     for experiment in MINUTES:
         line = command(experiment, values.data_dir)
-        say(f'\n== {" ".join(["python", *line[1:]])}')
+        shown = shlex.join(['python', *line[1:]])
+        say(f'\n== {shown}')
         status = subprocess.run(line, check=False).returncode
         if status:
-            raise RunError(f'{" ".join(line[1:])}: exit status {status}; see above')
+            raise RunError(f'{shown}: exit status {status}; see above')
 
 
 if __name__ == '__main__':

@@ -5,11 +5,14 @@
 
 The second is CIFAR-10 (configs/cifar.py:cpu) with one seed: an hour a run on two CPU cores, six
 hours in all. `--seeds` are those of the contrast (injected, none and the random control); the other
-arms have one. Both data sets must have been prepared, see the configs. See `experiments.runs` for
-flags and restarts, `experiments.arms` for more arms.
+arms have one, and 'hardware', the paper's own, is among them on accelerators, as on CPUs it is none.
+Both data sets must have been prepared, see the configs. See `experiments.runs` for flags and
+restarts, `experiments.arms` for more arms.
 """
 
 import sys
+
+import jax
 
 from experiments import arms, runs
 
@@ -21,7 +24,8 @@ OTHERS = ('ConstNet, emulated order of additions', 'ConstNet, deterministic, dro
 def others() -> dict[str, dict[str, object]]:
     """Arms beside those of the contrast; name of each: the fields that make it."""
     injected = arms.arms()['ConstNet, injected 1e-6']
-    return {name: arms.arms()[name] for name in OTHERS} | {
+    hardware = () if jax.default_backend() == 'cpu' else ('ConstNet, hardware',)
+    return {name: arms.arms()[name] for name in (*hardware, *OTHERS)} | {
         'ConstNet, last stream alone, injected 1e-6': {
             **injected,
             'perturbation.streams': (LAST_STREAM,),

@@ -61,6 +61,10 @@ from zerojax.run import cli
 from zerojax.run.data import Dataset, Split
 
 
+def precisions(backend: str) -> tuple[str, ...]:
+    return ('float32', 'bfloat16') if backend == 'cpu' else ('tf32', 'float32', 'bfloat16')
+
+
 def all_rows(backend: str) -> list[Row]:
     """The rows that suit a device: a CPU takes smaller batches of the wide networks."""
     batches = {
@@ -73,7 +77,7 @@ def all_rows(backend: str) -> list[Row]:
         Row(*network, batch_size, precision)
         for network, sizes in batches.items()
         for batch_size in sizes
-        for precision in ('float32', 'bfloat16')
+        for precision in precisions(backend)
     ]
 
 
@@ -86,7 +90,8 @@ def build_config(row: Row) -> ConfigDict:
     config.determinism.mode = 'deterministic'
     config.batch_size = row.batch_size
     config.model.depth, config.model.width = row.depth, row.width
-    config.model.dtype = None if row.precision == 'float32' else row.precision
+    config.model.dtype = 'bfloat16' if row.precision == 'bfloat16' else None
+    config.model.precision = 'default' if row.precision == 'tf32' else 'highest'
     return config
 
 
@@ -113,8 +118,12 @@ def first_step(row: Row) -> bool:
 def matrix_peak(precision: str, repetitions: int) -> float:
     """FLOP/s of a large matrix product, the best of all repetitions."""
     size = 2048 if jax.default_backend() == 'cpu' else 8192
-    x = jnp.ones((size, size), precision)
-    product = jax.jit(lambda x: x @ x)
+    generator = np.random.default_rng(0)  # products of zeros or ones take less power, so less time
+    x = jnp.asarray(
+        generator.normal(size=(size, size)), 'bfloat16' if precision == 'bfloat16' else 'float32'
+    )
+    of_factors = 'highest' if precision == 'float32' else 'default'
+    product = jax.jit(lambda x: jnp.matmul(x, x, precision=of_factors))
     times = time_alone(repeat(lambda: product(x).block_until_ready()), repetitions, SECONDS)
     return 2 * size**3 / times['least']
 
@@ -134,7 +143,6 @@ def measure(row: Row, repetitions: int) -> dict[str, Any]:
     step(1)
     memory = peak_memory()
     count, program = int(step.count), step.program
-    analysis = step.executable.cost_analysis()
     alone = time_alone(step, repetitions, SECONDS)
 
     hardware = build_config(row)
@@ -165,7 +173,7 @@ def measure(row: Row, repetitions: int) -> dict[str, Any]:
         'train': rates(row.batch_size * count, alone),
         'evaluation': rates(len(dataset.eval.labels), evaluation),
         'milliseconds a step': alone['median'] / count * 1e3,
-        'flops a step': analysis['flops'],
+        'flops a step': step.flops(),
         'peak': matrix_peak(row.precision, repetitions),
         'memory': memory,
         'deterministic over hardware': in_turns['plain']['median'] / in_turns['hardware']['median'],

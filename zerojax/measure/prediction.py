@@ -234,7 +234,10 @@ def persistence(
 
 
 def expected_largest(n: int) -> float:
-    """Mean of the largest |z_i - z_1| of n independent standard normal numbers."""
+    """Mean of the largest |z_i - z_1| of n independent standard normal numbers.
+
+    By E ∫ (1 - (Φ(z_1 + t) - Φ(z_1 - t))^(n - 1)) dt over t > 0, numerically, to 1e-6.
+    """
     first = np.linspace(-8, 8, 801)
     sizes = np.linspace(0, 16, 1601)
     below = ndtr(first[:, None] + sizes) - ndtr(first[:, None] - sizes)
