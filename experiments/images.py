@@ -5,8 +5,8 @@
 
 The second is CIFAR-10 (configs/cifar.py:cpu) with one seed: an hour a run on two CPU cores, six
 hours in all. `--seeds` are those of the contrast (injected, none and the random control); the other
-arms have one, and 'hardware', the paper's own, is among them on accelerators, as on CPUs it is none.
-Both data sets must have been prepared, see the configs. See `experiments.runs` for flags and
+arms have one; on accelerators 'hardware', the paper's own, is among them (on CPUs it is none). Both
+data sets must have been prepared, see the configs. See `experiments.runs` for flags and
 restarts, `experiments.arms` for more arms.
 """
 

@@ -127,7 +127,11 @@ def sweep(
 
     failed = {}
     with Progress(sum(resolved[i].num_steps for i in itertools.chain(*pending.values()))) as bar:
-        for numbers in filter(None, pending.values()):
+        # 'deterministic' before 'hardware', after which a GPU's process cannot grant it.
+        kinds = sorted(
+            filter(None, pending.values()), key=lambda x: resolved[x[0]].determinism.mode
+        )
+        for numbers in kinds:
             at_once = runs_at_once or fastest(resolved[numbers[0]], len(numbers), programs, bar)
             for batch in batches([jobs[i][1] for i in numbers], at_once):
                 chosen = [numbers[i] for i in batch]

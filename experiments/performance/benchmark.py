@@ -145,20 +145,6 @@ def measure(row: Row, repetitions: int) -> dict[str, Any]:
     count, program = int(step.count), step.program
     alone = time_alone(step, repetitions, SECONDS)
 
-    hardware = build_config(row)
-    hardware.determinism.mode = 'hardware'
-    projected = build_config(row)
-    projected.symmetry.project = True
-    in_turns = time_in_turns(
-        {
-            'plain': step,
-            'hardware': Stepper(hardware, dataset),
-            'projected': Stepper(projected, dataset),
-        },
-        repetitions,
-        SECONDS,
-    )
-
     def evaluate() -> None:
         program.evaluate(step.state)
 
@@ -169,6 +155,14 @@ def measure(row: Row, repetitions: int) -> dict[str, Any]:
 
     evaluation = time_alone(repeat(evaluate), repetitions, SECONDS)
     measured = time_alone(repeat(measurements), repetitions, SECONDS)
+
+    projected = build_config(row)
+    projected.symmetry.project = True
+    compared = {'plain': step, 'projected': Stepper(projected, dataset)}
+    hardware = build_config(row)
+    hardware.determinism.mode = 'hardware'  # the last: a GPU's process then grants no other
+    compared['hardware'] = Stepper(hardware, dataset)
+    in_turns = time_in_turns(compared, repetitions, SECONDS)
     return {
         'train': rates(row.batch_size * count, alone),
         'evaluation': rates(len(dataset.eval.labels), evaluation),

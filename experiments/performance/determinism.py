@@ -1,16 +1,16 @@
 """What do determinism and precision cost on this device? The paper's network, PyTorch beside it.
 
-    python -m experiments.performance.determinism [--workdir=DIR] [--batches=N,N] [--repetitions=N]
+    python -m experiments.performance.determinism [--workdir=DIR] [--batch=128] [--repetitions=5]
 
-ConstNet-16-10 on random 32x32 images; a row is a batch size (128 by default) and a precision: TF32
-(where the device has it), float32 and bfloat16 (mixed precision).
+ConstNet-16-10 on random 32x32 images; a row is a precision: TF32 (where the device has it),
+float32 and bfloat16 (mixed precision).
 
     images/s     of training in mode 'deterministic' and in mode 'hardware', augmentation included:
-                 median, in brackets smallest and largest of N repetitions in which all programs of
-                 a batch size take turns
+                 median, in brackets smallest and largest of the repetitions, in which all programs
+                 take turns
     of peak      operations of the deterministic step a second (XLA's count of what is handed to its
                  compiler), as a share of a large matrix product in the same precision
-    compiled in  seconds, while the others of the same batch size are compiled beside it
+    compiled in  seconds, in both modes, while the other precisions are compiled beside it
     PyTorch      images/s of the same network, eager, channels_last, without augmentation: with
                  cuDNN's fastest algorithms, and with deterministic ones; empty without PyTorch
 
@@ -44,7 +44,7 @@ from experiments.performance.measuring import (
 )
 from zerojax.host import paths
 from zerojax.host.command import run_command
-from zerojax.host.errors import RunError, UsageError
+from zerojax.host.errors import RunError
 from zerojax.host.stop import raise_on_signals
 from zerojax.run import cli
 from zerojax.step.determinism import MODES
@@ -62,9 +62,11 @@ def stepper_of(row: Row, mode: str) -> tuple[Stepper, float]:
 
 def measure(rows: list[Row], repetitions: int) -> list[dict[str, Any]]:
     """A line of the table for each row, without PyTorch."""
-    names = [(row, mode) for row in rows for mode in MODES]
-    with concurrent.futures.ThreadPoolExecutor(len(names)) as threads:
-        made = dict(zip(names, threads.map(lambda each: stepper_of(*each), names), strict=True))
+    made: dict[tuple[Row, str], tuple[Stepper, float]] = {}
+    for mode in MODES:  # 'deterministic' first: a GPU's process does not grant it after the other
+        with concurrent.futures.ThreadPoolExecutor(len(rows)) as threads:
+            of_mode = list(threads.map(stepper_of, rows, [mode] * len(rows)))
+        made |= {(row, mode): each for row, each in zip(rows, of_mode, strict=True)}
     calls = {f'{row.name} {mode}': stepper for (row, mode), (stepper, _) in made.items()}
     times = time_in_turns(calls, repetitions, SECONDS)
     lines = []
@@ -75,7 +77,6 @@ def measure(rows: list[Row], repetitions: int) -> list[dict[str, Any]]:
         peak = matrix_peak(row.precision, repetitions)
         lines.append(
             {
-                'batch': row.batch_size,
                 'precision': row.precision,
                 'deterministic, images/s': shown(rates(row.batch_size, deterministic)),
                 'hardware, images/s': shown(rates(row.batch_size, hardware)),
@@ -119,29 +120,19 @@ def run(argv: list[str]) -> None:
     """The command; `argv` are the program's name and the flags."""
     from experiments import runs
 
-    values = cli.text_flags(workdir='runs/experiments/determinism', batches='128', repetitions='5')
+    values = cli.text_flags(workdir='runs/experiments/determinism', batch='128', repetitions='5')
     cli.parse(argv, values)
     command = ' '.join(['python -m experiments.performance.determinism', *argv[1:]])
     workdir = paths.meant(values.workdir, f'--workdir={values.workdir}')
     repetitions = cli.count(values, 'repetitions', least=1)
-    words = values.batches.split(',')
-    if not all(x.isascii() and x.isdigit() and 0 < int(x[:9]) for x in words):
-        raise UsageError(f'--batches={values.batches}: must be whole numbers from 1, as 128,512')
+    batch = cli.count(values, 'batch', least=1)
     machine, _ = in_process('machine')
     if machine is None:
         raise RunError('JAX finds no device it can use, see the line above')
     cli.make_folder(workdir)
-    batches = [
-        [Row(*NETWORK, int(batch), each) for each in precisions(machine['backend'])]
-        for batch in words
-    ]
-    # Before this process takes the device.
-    beside = [torch_columns(rows, repetitions) for rows in batches]
-    lines = [
-        line | columns
-        for rows, of_torch in zip(batches, beside, strict=True)
-        for line, columns in zip(measure(rows, repetitions), of_torch, strict=True)
-    ]
+    rows = [Row(*NETWORK, batch, each) for each in precisions(machine['backend'])]
+    beside = torch_columns(rows, repetitions)  # before this process takes the device
+    lines = [a | b for a, b in zip(measure(rows, repetitions), beside, strict=True)]
     torch = importlib.util.find_spec('torch') and importlib.metadata.version('torch')
     conditions = f'{machine["text"]}, torch {torch or "not installed"}.'
     runs.save_table(workdir, command, conditions, lines)

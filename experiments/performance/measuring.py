@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from zerojax.measure.compiled import count_operations
 from zerojax.run.building import scalars_of
 from zerojax.run.checks import resolve
 from zerojax.run.data import Dataset
@@ -107,12 +108,8 @@ class Stepper:
         self.executable = self.program.compile_train_steps(self.state, self.source)
 
     def flops(self) -> float:
-        """Of one step of a run that is alone, by XLA's count of what is handed to its compiler.
-
-        What comes out of it calls libraries on GPUs, whose operations are not counted.
-        """
-        one_step = jax.jit(self.program.one_step)
-        return float(one_step.lower(self.state, self.source).cost_analysis()['flops'])
+        """Operations of one step of a run that is alone, see `count_operations`."""
+        return count_operations(self.program.one_step, self.state, self.source)
 
     def __call__(self, calls: int) -> None:
         """Makes so many calls, each one of `count` train steps, and waits for the last."""

@@ -2,6 +2,7 @@ import os
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from zerojax.measure import compiled
 from zerojax.measure.noise import noise_floor
@@ -104,3 +105,19 @@ def test_the_data_race_of_older_jaxlibs_does_not_go_unseen():
     executable = compiled.compile_afresh(reduce_of_broadcast, x, compiler_options=off)
     assert noise_floor(executable(x) for _ in range(100))[''].distinct == 1
     assert not compiled.operations_that_may_not_repeat(executable.as_text(), 'cpu')
+
+
+def test_operations_are_counted_before_anything_is_compiled():
+    x, y = jnp.ones((3, 5)), jnp.ones((5, 7))
+    assert compiled.count_operations(lambda x, y: x @ y, x, y) == 2 * 3 * 5 * 7
+    key = jax.random.key(0)  # what a train state holds too
+    assert compiled.count_operations(lambda key, x: (key, 2 * x), key, jnp.ones(4)) == 4
+
+
+def test_without_a_cpu_operations_are_not_counted(monkeypatch):
+    def no_cpu(backend):
+        raise RuntimeError('Unknown backend cpu')
+
+    monkeypatch.setattr(jax, 'local_devices', no_cpu)
+    with pytest.raises(ValueError, match=r'JAX_PLATFORMS=.*leaves no CPU'):
+        compiled.count_operations(jnp.sin, jnp.ones(3))

@@ -16,6 +16,7 @@ from zerojax import config as config_lib
 from zerojax import perturb, symmetry
 from zerojax.host.errors import UsageError
 from zerojax.measure import prediction, stability
+from zerojax.measure.compiled import count_operations
 from zerojax.run import checks
 from zerojax.run.building import Source, build_optimizer, keeps_last, scalars_of
 from zerojax.run.data import Dataset
@@ -276,15 +277,20 @@ class Predictor:
         return time.monotonic() - began
 
     def operations(self) -> dict[str, float]:
-        """Of a step, as XLA counts them: {'full': of the run's network, 'reduced'}."""
+        """Of a step, as `count_operations`: {'full': of the run's network, 'reduced'}.
+
+        Raises:
+            UsageError: JAX has no CPU to count them for.
+        """
+        batch = self._batches[0]
         with numbers_of(self.config.param_dtype):
-            full = jit_in_mode(self._program.one_step, 'deterministic')
-            reduced = jit_in_mode(self._reduced.step, 'deterministic')
-            lowered = {
-                'full': full.lower(self._state, self._batches[0]),
-                'reduced': reduced.lower(self._start, self._batches[0]),
-            }
-            return {name: each.cost_analysis()['flops'] for name, each in lowered.items()}
+            try:
+                return {
+                    'full': count_operations(self._program.one_step, self._state, batch),
+                    'reduced': count_operations(self._reduced.step, self._start, batch),
+                }
+            except ValueError as error:
+                raise UsageError(str(error)) from error
 
 
 def _larger(curves: Curves, passive: Curves, scale: float) -> Curves:
