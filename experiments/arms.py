@@ -14,6 +14,7 @@ import sys
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from experiments import runs
 from zerojax.host import records
@@ -108,7 +109,8 @@ def curves(run: runs.FinishedRun) -> list[dict[str, Any]]:
     ]
 
 
-def draw(experiment: runs.Experiment, rows: list[dict[str, Any]]) -> None:
+def draw(rows: list[dict[str, Any]]) -> Figure:
+    """Of the rows of `curves`."""
     figure, panels = runs.new_figure(2, 2, width=12, height=10)
     kinds = ('accuracy', 'effective width', 'forward', 'backward')
     for kind, axes in zip(kinds, panels.flat, strict=True):
@@ -129,14 +131,14 @@ def draw(experiment: runs.Experiment, rows: list[dict[str, Any]]) -> None:
     figure.legend(
         *accuracy.get_legend_handles_labels(), loc='outside lower center', ncols=4, frameon=False
     )
-    runs.save_figure(experiment, figure)
+    return figure
 
 
 def report(experiment: runs.Experiment, finished: list[runs.FinishedRun]) -> None:
     """Table, curves.csv and figure of the runs of some arms."""
     rows = [row for run in finished for row in curves(run)]
     records.write_csv(experiment.workdir / 'curves.csv', rows)
-    draw(experiment, rows)
+    runs.save_figure(experiment, draw(rows))
     table = []
     for arm, its_runs in runs.by_arm(finished).items():
         asymmetry = max(run.summary['asymmetry'] for run in its_runs)

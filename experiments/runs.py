@@ -17,7 +17,7 @@ import pathlib
 import platform
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -51,6 +51,7 @@ class Experiment:
     config: ConfigDict
     workdir: pathlib.Path
     seeds: int
+    flags: Mapping[str, str] = dataclasses.field(default_factory=dict)  # the experiment's own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,15 +74,16 @@ def main(
     documentation: str,
     seeds: int,
     config_file: str = 'configs/digits.py',
+    **flags: str,
 ) -> int:
     """Reads the command line, runs the experiment, and returns the exit status.
 
-    `seeds` and `config_file` are what it takes by default.
+    `seeds`, `config_file` and the `flags`, which are its own, are what it takes by default.
     """
     name = pathlib.PurePath(sys.argv[0]).stem
 
     def run_experiment(argv: list[str]) -> None:
-        values = cli.text_flags(seeds=str(seeds))
+        values = cli.text_flags(seeds=str(seeds), **flags)
         config, workdir = cli.parse_flags(
             argv, values, config_file=config_file, workdir=f'runs/experiments/{name}'
         )
@@ -91,7 +93,8 @@ def main(
         checks.check_devices()
         cli.make_folder(workdir)
         command = ' '.join(['python -m', f'experiments.{name}', *argv[1:]])
-        run(Experiment(name, command, config, workdir, number))
+        own = {each: getattr(values, each) for each in flags}
+        run(Experiment(name, command, config, workdir, number, own))
 
     return run_command(run_experiment, sys.argv, documentation, exit_on_signals)
 
