@@ -57,7 +57,8 @@ def draw_steps(rows: list[dict[str, Any]]) -> Figure:
                 curve[(curve <= 0) | (curve > 1)] = np.nan
                 label = {'label': stream} if not kind else {}
                 axes.plot(steps, curve, style, color=color, lw=width, **label)
-        axes.set(yscale='log', ylim=(1e-12, 1), xlim=(0, 200), xlabel='step', ylabel='asymmetry')
+        least = 1e-3 if 'injected' in name else 1e-12
+        axes.set(yscale='log', ylim=(least, 1), xlim=(0, 200), xlabel='step', ylabel='asymmetry')
         axes.set_title(name.replace(' (', '\n('), fontsize=10)
     figure.legend(
         *panels.flat[0].get_legend_handles_labels(), loc='outside lower center', ncols=4,
@@ -77,6 +78,7 @@ def run(argv: list[str]) -> None:
         'gpu_steps.png': draw_steps(read('gpu_steps.csv')),
     }
     for name, figure in drawn.items():
+        figure.suptitle('ConstNet-16-10 on CIFAR-10 (JPEG-75 copy), one NVIDIA H200')
         figure.savefig(workdir / name, dpi=110)
         say(f'{workdir / name}')
 
