@@ -45,6 +45,10 @@ def test_the_command_predicts_streams_onsets_and_curves(tmp_path, capsys):
     ]
     for each in found['onsets']:
         assert len(each['reduced_seeds']) == 2
+    for curves in found['linear_curves'].values():
+        for name, curve in curves.items():
+            slope = growth_per_step(np.log(10) * np.array(curve))
+            assert found['streams'][name]['growth'] == pytest.approx(slope, rel=1e-6)
     assert set(found['curves']) == {'0.01', '1e-06'}
     for curves in found['curves'].values():
         assert {name: len(curve) for name, curve in curves.items()} == dict.fromkeys(streams, 21)
@@ -146,6 +150,17 @@ def test_growth_is_the_slope_of_the_second_half():
     assert growth_per_step(np.array([5.0, 0.0, 1.0, 3.0, 5.0])) == 2.0
     assert growth_per_step(np.full(5, -np.inf)) is None
     assert growth_per_step(np.array([1.0, 3.0])) == 2.0, 'of a run of a single step'
+
+
+@pytest.mark.parametrize(
+    'growth,told',
+    [
+        (0.1, 'grows, twice as large every 7 steps'), (-0.1, 'dies'), (4e-5, 'stays'),
+        (-4e-5, 'stays'), (0.0, 'stays'), (None, 'none'),
+    ],
+)  # fmt: skip
+def test_what_becomes_of_small_asymmetry(growth, told):
+    assert predict.fate(growth) == told
 
 
 def test_noise_below_one_rounding_is_said_to_be():

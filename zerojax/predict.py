@@ -138,7 +138,7 @@ def predict(
     try:
         for line in cost_lines(predictor, operations, features, len(scales) * seeds):
             say(line)
-        active = predictor.active()
+        linear = predictor.linear(1.0)
     except ValueError as error:
         raise RunError(f'the symmetric run itself: {error}') from error
     reduced: dict[float, list[Curves]] = {scale: [] for scale in scales}
@@ -150,7 +150,7 @@ def predict(
     curves = {scale: (predictor.linear(scale), reduced[scale]) for scale in scales}
     found: records.Record = {
         'streams': {
-            name: {'features': count, 'growth': growth_per_step(active[name])}
+            name: {'features': count, 'growth': growth_per_step(linear[name])}
             for name, count in predictor.stream_sizes.items()
         },
         'onsets': [row for scale in scales for row in onset_records(scale, *curves[scale])],
@@ -183,7 +183,7 @@ def screen(found: records.Record) -> list[str]:
             row.format(
                 name[-14:],
                 stream['features'],
-                '-' if growth is None else f'{growth:+.4f}',
+                '-' if growth is None else f'{growth:+z.4f}',
                 fate(growth),
             )
         )
@@ -215,7 +215,9 @@ def fate(growth: float | None) -> str:
     """What becomes of small asymmetry that grows so much a step."""
     if growth is None:
         return 'none'
-    if growth <= 0:
+    if abs(growth) < 5e-5:  # shown as 0.0000
+        return 'stays'
+    if growth < 0:
         return 'dies'
     return f'grows, twice as large every {math.log(2) / growth:.0f} steps'
 
