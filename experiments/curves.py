@@ -1,13 +1,15 @@
 """How close are predicted curves of asymmetry to those of the run, stream by stream?
 
     python -m experiments.curves
-    python -m experiments.curves --config=configs/cifar.py --config.num_steps=60 \\
+    python -m experiments.curves --config=configs/cifar.py --config.num_epochs=None \\
+        --config.num_steps=60 --config.optimizer.drop_at='()' \\
         --config.determinism.mode=deterministic --config.dataset.eval_split='test[:500]'
 
 Gaussian noise of 1e-3 and of 1e-6 on the initial weights. At the paper's size, the second command,
-no asymmetry reaches 0.1 for hundreds of steps, so that there is no onset to compare: the measure is
-the difference of log10 of the asymmetry, at each step. One seed; on the digits in two minutes on
-two CPU cores, at the paper's size 25 minutes. See `experiments.runs` for flags and restarts.
+few steps can be had, in which asymmetry hardly reaches 0.1, so that there is no onset to compare:
+the measure is the difference of log10 of the asymmetry, at each step. One seed; on the digits in
+two minutes on two CPU cores, at the paper's size 25 minutes. See `experiments.runs` for flags and
+restarts.
 """
 
 import sys

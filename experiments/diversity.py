@@ -1,13 +1,13 @@
 """How many unique features a stream does the deep network need, in all streams or in the last?
 
-    python -m experiments.diversity
+    python -m experiments.diversity [--unique=1,2,4,8,16,32] [--scales=1e-4,1e-2]
 
-ConstNet-10-10 starts with m = 1, 2, 4, ... 32 unique features in every stream (of 16 to 640; all of
-them in a stream of fewer), or in the last stream and 1 in all others: feature d is a copy of
+ConstNet-10-10 starts with m unique features in every stream (of 16 to 640; all of them in a stream
+of fewer), or in the last stream and 1 in all others: feature d is a copy of
 feature d mod m. Copies stay equal, so it is trained and evaluated as the reduced network that it is
 equal to, see `zerojax.symmetry.quotient`.
 
-Noise of 1e-4 or 1e-2 · N(0, 1) is added to the initial weights of the reduced network, one draw for
+Noise of a scale · N(0, 1) is added to the initial weights of the reduced network, one draw for
 each pair of unique features and position of a kernel. In the large network all copies of such a
 pair get the same, as of kind 'unequal_init'. So a sum over n features gets noise that grows as
 n / sqrt(m), not as sqrt(n): the fewer are unique, the more comes through.
@@ -26,8 +26,11 @@ import numpy as np
 from experiments import runs
 from experiments.trajectories import Laboratory
 from zerojax import symmetry
+from zerojax.host.errors import UsageError
+from zerojax.host.terminal import say
 from zerojax.measure.stability import State
 from zerojax.perturb import Perturbation, perturb_weights
+from zerojax.predict import parse_scales
 from zerojax.run.evaluate import Evaluation
 from zerojax.run.prediction import check_predictable, check_symmetric
 from zerojax.run.reduction import Reduction
@@ -35,9 +38,6 @@ from zerojax.step import jit_in_mode
 from zerojax.step.precision import numbers_of
 from zerojax.symmetry import quotient
 from zerojax.symmetry.orbits import feature_counts
-
-UNIQUE = (1, 2, 4, 8, 16, 32)
-SCALES = (1e-4, 1e-2)
 
 Accuracies = dict[tuple[float, str, int], list[float]]  # by noise, where, m; one for each seed
 
@@ -89,37 +89,53 @@ class DiverseNetwork:
         )['accuracy']
 
 
-def measure(experiment: runs.Experiment, laboratory: Laboratory) -> Accuracies:
+def parse_unique(text: str) -> list[int]:
+    """The numbers of features that --unique names.
+
+    Raises:
+        UsageError: they are none.
+    """
+    words = text.split(',')
+    if not all(x.isascii() and x.isdigit() and len(x) < 10 and int(x) > 0 for x in words):
+        raise UsageError(f'--unique={text}: must be whole numbers of at least 1, as 1,2,4')
+    return [int(x) for x in words]
+
+
+def measure(
+    experiment: runs.Experiment, laboratory: Laboratory, unique: list[int], scales: list[float]
+) -> Accuracies:
     names = symmetry.stream_names(laboratory.axes)
     found: Accuracies = {}
     for where, streams in {'all': names, 'last': names[-1:]}.items():
-        for m in UNIQUE:
+        for m in unique:
             with numbers_of(laboratory.config.param_dtype):
                 network = DiverseNetwork(laboratory, streams, m)
-            for scale in SCALES:
+            for scale in scales:
                 accuracies = [network.accuracy(scale, seed) for seed in range(experiment.seeds)]
                 found[scale, where, m] = accuracies
                 listed = ', '.join(f'{x:.3f}' for x in accuracies)
-                print(f'{m} unique, {where}, noise {scale:g}: accuracy {listed}', flush=True)
+                say(f'{m} unique, {where}, noise {scale:g}: accuracy {listed}')
     return found
 
 
-def draw(experiment: runs.Experiment, found: Accuracies) -> None:
+def draw(
+    experiment: runs.Experiment, found: Accuracies, unique: list[int], scales: list[float]
+) -> None:
     """The median of all seeds, and the lowest and the highest."""
-    figure, panels = runs.new_figure(1, len(SCALES), height=4)
+    figure, panels = runs.new_figure(1, len(scales), width=5 * len(scales), height=4)
     labels = {'all': 'in each stream', 'last': 'in the last stream, 1 in the others'}
-    for axes, scale in zip(np.ravel(panels), SCALES, strict=True):
+    for axes, scale in zip(np.ravel(panels), scales, strict=True):
         for i, (where, label) in enumerate(labels.items()):
-            accuracies = np.array([found[scale, where, m] for m in UNIQUE])
+            accuracies = np.array([found[scale, where, m] for m in unique])
             look = runs.style(i)
-            axes.plot(UNIQUE, np.median(accuracies, 1), 'o-', color=look['color'], label=label)
+            axes.plot(unique, np.median(accuracies, 1), 'o-', color=look['color'], label=label)
             axes.fill_between(
-                UNIQUE, accuracies.min(1), accuracies.max(1), color=look['color'], alpha=0.2, lw=0
+                unique, accuracies.min(1), accuracies.max(1), color=look['color'], alpha=0.2, lw=0
             )
         axes.set_xscale('log', base=2)
         axes.set(
-            xticks=UNIQUE,
-            xticklabels=UNIQUE,
+            xticks=unique,
+            xticklabels=unique,
             xlabel='unique features a stream',
             ylabel='held-out accuracy',
             ylim=(0, 1.02),
@@ -132,7 +148,9 @@ def draw(experiment: runs.Experiment, found: Accuracies) -> None:
 def run(experiment: runs.Experiment) -> None:
     check_predictable(runs.changed(experiment.config, **{'perturbation.kind': 'gaussian'}))
     laboratory = Laboratory(experiment.config, experiment.workdir / 'accuracies')
-    found = measure(experiment, laboratory)
+    unique = parse_unique(experiment.flags['unique'])
+    scales = parse_scales(experiment.flags['scales'], experiment.config)
+    found = measure(experiment, laboratory, unique, scales)
     rows = [
         {
             'noise': f'{scale:g}',
@@ -143,12 +161,17 @@ def run(experiment: runs.Experiment) -> None:
                 for key, where in {'all': 'all streams', 'last': 'last stream alone'}.items()
             },
         }
-        for scale in SCALES
-        for m in UNIQUE
+        for scale in scales
+        for m in unique
     ]
-    draw(experiment, found)
+    draw(experiment, found, unique, scales)
     runs.write_table(experiment, rows)
 
 
 if __name__ == '__main__':
-    sys.exit(runs.main(run, __doc__, seeds=3, config_file='configs/digits.py:wide'))
+    sys.exit(
+        runs.main(
+            run, __doc__, seeds=3, config_file='configs/digits.py:wide', unique='1,2,4,8,16,32',
+            scales='1e-4,1e-2',
+        )
+    )  # fmt: skip

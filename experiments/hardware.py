@@ -8,7 +8,8 @@ found it, and with the sums of the gradients added in a random order, which emul
 where there is none; each as it is and projected onto the symmetric subspace after each step. Where
 the audit observes no noise (on CPUs), the injected noise is that of one rounding, 2^-24, and the
 table says so. 3 seeds, in ten minutes on two CPU cores. See `experiments.runs` for flags and
-restarts.
+restarts. On a GPU it ends once after the audit, with a line that says why; the same command goes
+on.
 """
 
 import sys
@@ -20,6 +21,7 @@ from experiments.trajectories import Laboratory, Trajectory, listed_steps
 from zerojax import audit
 from zerojax import config as config_lib
 from zerojax.host import manifest, records
+from zerojax.host.terminal import say
 from zerojax.measure import step_audit
 from zerojax.perturb import NONE, Perturbation
 
@@ -72,23 +74,25 @@ def draw(experiment: runs.Experiment, found: dict[str, list[Trajectory]]) -> Non
 
 
 def arms(floor: float) -> dict[str, tuple[str, Perturbation, str]]:
-    """Name of each arm: its mode, its perturbation, and the noise in each of its steps."""
+    """Name of each arm: its mode, its perturbation, and the noise in each of its steps.
+
+    Mode 'hardware' is last: on a GPU no deterministic one can follow in the same process.
+    """
     name, size = ('the floor', floor) if floor else ('one rounding', ROUNDING)
     found = {
-        'hardware': ('hardware', NONE, shown_size(floor)),
         'deterministic': ('deterministic', NONE, shown_size(0)),
         'emulated order of additions': ('deterministic', Perturbation('order'), 'of rounding'),
     }
     for label, scale in ((name, size), (f'1000 times {name}', 1000 * size)):
         injected = Perturbation('gradient', scale)
         found[f'injected, {label}'] = ('deterministic', injected, shown_size(scale))
-    return found
+    return found | {'hardware': ('hardware', NONE, shown_size(floor))}
 
 
 def run(experiment: runs.Experiment) -> None:
     floor, verdict = noise_floor(experiment)
     for sentence in verdict:
-        print(f'audit: {sentence}', flush=True)
+        say(f'audit: {sentence}')
     found, rows = {}, []
     for arm, (mode, perturbation, noise) in arms(floor).items():
         for project in (False, True):

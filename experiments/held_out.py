@@ -19,6 +19,7 @@ from configs import cifar, fashion_mnist
 from experiments import runs
 from experiments.trajectories import METHODS, Laboratory, listed_steps
 from zerojax.host import records
+from zerojax.host.terminal import say
 from zerojax.measure import stability
 from zerojax.perturb import Perturbation
 from zerojax.predict import median_onset
@@ -82,20 +83,26 @@ def is_right(found: dict[str, Any], method: str) -> bool:
 def draw(experiment: runs.Experiment, found: dict[tuple[str, str], list[dict[str, Any]]]) -> None:
     """Predicted against measured median onset, a panel a method."""
     figure, panels = runs.new_figure(1, 2, width=12, height=6)
-    num_steps = experiment.config.num_steps
+    never = experiment.config.num_steps
     names = list(dict.fromkeys(name for name, _ in found))
+    medians = {
+        (key, each): np.array(
+            [never if (x := median_onset(row[each])) is None else x for row in rows]
+        )
+        for key, rows in found.items()
+        for each in ('measured', *METHODS)
+    }
+    line = np.array([0, STEPS / SHARE, 1.05 * max(x.max() for x in medians.values())])
     for axes, method in zip(panels, METHODS, strict=True):
-        for (name, shortcut), rows in found.items():
-            medians = [[median_onset(row[each]) for row in rows] for each in ('measured', method)]
-            x, y = ([num_steps if each is None else each for each in one] for one in medians)
+        for key in found:
+            name, shortcut = key
             axes.plot(
-                x, y, linestyle='',
+                medians[key, 'measured'], medians[key, method], linestyle='',
                 marker='o' if shortcut == 'pre_relu' else 's',
                 color=f'C{names.index(name)}',
                 markerfacecolor='none' if shortcut == 'post_relu' else None,
                 label=name if shortcut == 'pre_relu' else None,
             )  # fmt: skip
-        line = np.array([0, num_steps])
         axes.plot(line, line, color='0.5', lw=0.8)
         off = np.maximum(STEPS, SHARE * line)
         axes.fill_between(line, line - off, line + off, color='0.5', alpha=0.2, lw=0)
@@ -103,12 +110,12 @@ def draw(experiment: runs.Experiment, found: dict[tuple[str, str], list[dict[str
             xlabel='measured onset (step, median over seeds)',
             ylabel='predicted onset (step, median over seeds)',
             title=f'{method} prediction',
-            xlim=(0, None), ylim=(0, None),
+            xlim=(0, line[-1]), ylim=(0, line[-1]), aspect='equal',
         )  # fmt: skip
     figure.legend(
         *panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=5, frameon=False,
         title=f'filled: pre_relu, hollow: post_relu; grey: within {STEPS} steps or {SHARE:.0%}; '
-        f'at {num_steps}: never',
+        f'at {never}: never',
     )  # fmt: skip
     runs.save_figure(experiment, figure)
 
@@ -138,7 +145,7 @@ def run(experiment: runs.Experiment) -> None:
     }
     found = {}
     for (name, shortcut), laboratory in laboratories.items():
-        print(f'-- {experiment.name}: {name}, {shortcut}', flush=True)
+        say(f'-- {experiment.name}: {name}, {shortcut}')
         found[name, shortcut] = measure(laboratory, experiment.seeds)
     draw(experiment, found)
     rows = []
@@ -162,7 +169,7 @@ def run(experiment: runs.Experiment) -> None:
     runs.write_table(experiment, rows)
     of_all = [each for by_scale in found.values() for each in by_scale]
     records.write_csv(experiment.workdir / 'errors.csv', [summed(of_all, x) for x in METHODS])
-    print(f'{experiment.workdir}/errors.csv')
+    say(f'{experiment.workdir}/errors.csv')
 
 
 if __name__ == '__main__':

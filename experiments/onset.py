@@ -20,6 +20,7 @@ import numpy as np
 from experiments import runs
 from experiments.trajectories import ONSET, Laboratory, Trajectory, listed_steps
 from zerojax.host import records
+from zerojax.host.terminal import say
 from zerojax.measure import kinks, stability
 from zerojax.perturb import NONE, Perturbation
 from zerojax.run import prediction
@@ -130,7 +131,7 @@ def measure(experiment: runs.Experiment, shortcut: str) -> dict[str, Any]:
     found: dict[str, Any] = {'measured': {}, 'linear': [], 'one_sided': []}
     found |= {'reduced': [], 'kinks': []}
     for seed in range(experiment.seeds):
-        print(f'-- {experiment.name}: {shortcut}, prediction, seed {seed}', flush=True)
+        say(f'-- {experiment.name}: {shortcut}, prediction, seed {seed}')
         found['linear'].append(laboratory.linear(seed))
         found['reduced'].append(laboratory.reduced(seed))
         counted = laboratory.features_on_kinks(seed)
@@ -197,6 +198,9 @@ def draw(experiment: runs.Experiment, found: dict[str, dict[str, Any]]) -> None:
         draw_onsets(onset, found[shortcut])
         draw_curves(asymmetry, loss, found[shortcut])
         onset.set_title(f'shortcut {shortcut}')
+    figure.suptitle(
+        'points and lines: runs; predictions: dashes linear, dots reduced, dash-dots one-sided'
+    )
     runs.save_figure(experiment, figure)
 
 
@@ -213,7 +217,7 @@ def draw_onsets(axes: Any, found: dict[str, Any]) -> None:
         axes.plot(never, [height] * len(never), 'x', color=color, ms=5)
         fine = np.logspace(-30, -1, 300)
         linear = [stability.predict_onset(found['linear'][seed], scale) for scale in fine]
-        axes.plot(fine, [np.nan if x is None else x for x in linear], '-', color=color, lw=1.2)
+        axes.plot(fine, [np.nan if x is None else x for x in linear], '--', color=color, lw=1.2)
         reduced = {
             scale: stability.predict_onset(log) for scale, log in found['reduced'][seed].items()
         }
@@ -221,11 +225,11 @@ def draw_onsets(axes: Any, found: dict[str, Any]) -> None:
         axes.plot(list(reduced), begins, ':', color=color, lw=2)
         for log in list(found['one_sided'][seed].values())[-1:]:
             onset = stability.predict_onset(log - math.log(TINY), TINY)
-            axes.plot(fine, [np.nan if onset is None else onset] * len(fine), '--', color=color)
+            axes.plot(fine, [np.nan if onset is None else onset] * len(fine), '-.', color=color)
     axes.axhline(num_steps, color='0.5', lw=0.8)
     axes.set(
         xscale='log',
-        xlabel='scale of the perturbation (predicted: line linear, dots reduced, dashes one-sided)',
+        xlabel='scale of the perturbation',
         ylabel='step of onset (x: never)',
         ylim=(0, num_steps * 1.2),
     )
@@ -245,9 +249,7 @@ def draw_curves(asymmetry: Any, loss: Any, found: dict[str, Any]) -> None:
         asymmetry.plot(steps, np.exp(found['reduced'][0][scale][1:]), ':', color=color, lw=1.5)
         loss.plot(steps, trajectory.loss, color=color, lw=1)
     loss.plot(steps, symmetric.loss, color='0.5', lw=1.5, label='unperturbed')
-    asymmetry.set(
-        yscale='log', xlabel='step', ylabel='asymmetry (predicted: dashes linear, dots reduced)'
-    )
+    asymmetry.set(yscale='log', xlabel='step', ylabel='asymmetry')
     asymmetry.axhline(ONSET, color='0.5', lw=0.8)
     asymmetry.legend(title='scale', fontsize=8, frameon=False)
     loss.set(xlabel='step', ylabel='loss of the training batch (nats)')
@@ -260,7 +262,7 @@ def run(experiment: runs.Experiment) -> None:
     counted = [row for shortcut in SHORTCUTS for row in kink_rows(shortcut, found[shortcut])]
     if counted:
         records.write_csv(experiment.workdir / 'kinks.csv', counted)
-        print(f'{experiment.workdir}/kinks.csv')
+        say(f'{experiment.workdir}/kinks.csv')
     runs.write_table(
         experiment, [row for shortcut in SHORTCUTS for row in rows_of(shortcut, found[shortcut])]
     )

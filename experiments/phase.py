@@ -38,6 +38,7 @@ from experiments.trajectories import Laboratory, first_at_least
 from zerojax import symmetry
 from zerojax.host import records
 from zerojax.host.errors import RunError
+from zerojax.host.terminal import say
 from zerojax.measure import prediction, stability
 from zerojax.measure.stability import ONSET
 from zerojax.run.building import Source, build_optimizer, scalars_of
@@ -299,7 +300,7 @@ def measure_grid(of_seeds: Sequence[Pairs]) -> Grid:
         for i, learning_rate in enumerate(LEARNING_RATES):
             for j, weight_decay in enumerate(WEIGHT_DECAYS):
                 where = f'{learning_rate=:g}, {weight_decay=:g}, seed {pairs.config.seed}'
-                print(f'-- {where}', flush=True)
+                say(f'-- {where}')
                 point = pairs.point(learning_rate, weight_decay)
                 grid.setdefault((i, j), []).append((point, pairs.run_at(point)))
     return grid
@@ -512,7 +513,7 @@ def run(experiment: runs.Experiment) -> None:
 
     depths = []
     for depth in DEPTHS:
-        print(f'-- {depth=}', flush=True)
+        say(f'-- {depth=}')
         rate, decay = config.optimizer.learning_rate, config.optimizer.weight_decay
         depths.append([pairs.point(rate, decay) for pairs in of_seeds(**{'model.depth': depth})])
     at_base = of_seeds()
@@ -522,7 +523,7 @@ def run(experiment: runs.Experiment) -> None:
     growths = [row for each in [*points, *depths] for row in growth_rows(each)]
     if growths:
         records.write_csv(experiment.workdir / 'growth.csv', growths)
-        print(f'{experiment.workdir}/growth.csv')
+        say(f'{experiment.workdir}/growth.csv')
     rows = [row_of(*zip(*cases, strict=True)) for cases in grid.values()]
     runs.write_table(experiment, rows + [row_of(points, []) for points in depths])
 

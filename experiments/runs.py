@@ -17,7 +17,7 @@ import pathlib
 import platform
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,12 +27,13 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 from numpy.typing import ArrayLike
 
-from zerojax.host import records
+from zerojax.host import figures, records
 from zerojax.host.command import run_command
 from zerojax.host.errors import UsageError
 from zerojax.host.records import Record
 from zerojax.host.stop import exit_on_signals
-from zerojax.run import cli
+from zerojax.host.terminal import say
+from zerojax.run import checks, cli
 from zerojax.sweep import sweep
 
 # Okabe and Ito's colours, told apart by colour-blind readers too.
@@ -50,6 +51,7 @@ class Experiment:
     config: ConfigDict
     workdir: pathlib.Path
     seeds: int
+    flags: Mapping[str, str] = dataclasses.field(default_factory=dict)  # the experiment's own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,24 +74,27 @@ def main(
     documentation: str,
     seeds: int,
     config_file: str = 'configs/digits.py',
+    **flags: str,
 ) -> int:
     """Reads the command line, runs the experiment, and returns the exit status.
 
-    `seeds` and `config_file` are what it takes by default.
+    `seeds`, `config_file` and the `flags`, which are its own, are what it takes by default.
     """
     name = pathlib.PurePath(sys.argv[0]).stem
 
     def run_experiment(argv: list[str]) -> None:
-        values = cli.text_flags(seeds=str(seeds))
+        values = cli.text_flags(seeds=str(seeds), **flags)
         config, workdir = cli.parse_flags(
             argv, values, config_file=config_file, workdir=f'runs/experiments/{name}'
         )
         number = cli.count(values, 'seeds', least=1)
         if number > MAX_SEEDS:
             raise UsageError(f'--seeds={number}: must be at most {MAX_SEEDS}')
+        checks.check_devices()
         cli.make_folder(workdir)
         command = ' '.join(['python -m', f'experiments.{name}', *argv[1:]])
-        run(Experiment(name, command, config, workdir, number))
+        own = {each: getattr(values, each) for each in flags}
+        run(Experiment(name, command, config, workdir, number, own))
 
     return run_command(run_experiment, sys.argv, documentation, exit_on_signals)
 
@@ -167,8 +172,10 @@ def save_table(
     """Prints a table and writes it as table.md (with command, hardware, versions) and table.csv."""
     records.write_csv(workdir / 'table.csv', rows)
     table = markdown(rows)
-    (workdir / 'table.md').write_text(f'    {command}\n\n{conditions}\n\n{table}\n')
-    print(f'\n{table}\n\n{workdir}/table.md, table.csv')
+    (workdir / 'table.md').write_text(
+        f'    {command}\n\n{conditions}\n\n{table}\n', encoding='utf-8'
+    )
+    say(f'\n{table}\n\n{workdir}/table.md, table.csv')
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
@@ -234,7 +241,11 @@ def plot_band(axes: Any, x: ArrayLike, series: Sequence[ArrayLike], **kwargs: An
 
 
 def save_figure(experiment: Experiment, figure: Figure) -> None:
-    """Writes figure.png and figure.pdf."""
-    for suffix in ('png', 'pdf'):
-        figure.savefig(experiment.workdir / f'figure.{suffix}', dpi=150)
-    print(f'{experiment.workdir}/figure.png, figure.pdf')
+    """Writes figure.png and figure.pdf, if they can be drawn."""
+
+    def save() -> None:
+        for suffix in ('png', 'pdf'):
+            figure.savefig(experiment.workdir / f'figure.{suffix}', dpi=150)
+
+    if figures.try_to_draw(experiment.workdir / 'figure.png', save):
+        say(f'{experiment.workdir}/figure.png, figure.pdf')

@@ -22,6 +22,7 @@ import numpy as np
 from experiments import runs
 from zerojax import models
 from zerojax.host import records
+from zerojax.host.terminal import say
 from zerojax.measure import metrics
 from zerojax.run import data
 from zerojax.run.checks import resolve
@@ -91,7 +92,7 @@ def run(experiment: runs.Experiment) -> None:
     images = normalize(images, *data.normalization(config))
     measured: dict[str, list[Measured]] = {}
     for network, arguments in NETWORKS.items():
-        print(f'-- signal: {network}', flush=True)
+        say(f'-- signal: {network}')
         model = models.create(
             **arguments,
             depth=DEPTH,

@@ -17,7 +17,7 @@ from zerojax.measure import hlo
 from zerojax.run import building, checks, compilation, data
 from zerojax.run.compilation import Attempt
 from zerojax.run.program import Program
-from zerojax.run.target import Target, find, has_cuda_plugin, has_libtpu
+from zerojax.run.target import Target, find, installed_compilers
 from zerojax.step import determinism
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -233,7 +233,7 @@ def elsewhere(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not has_libtpu(), reason=NO_LIBTPU)
+@pytest.mark.skipif(not installed_compilers('tpu'), reason=NO_LIBTPU)
 def test_a_tpu_slice(elsewhere):
     cifar = f'--config={ROOT}/configs/cifar.py'
     one, four = (
@@ -253,7 +253,7 @@ def test_a_tpu_slice(elsewhere):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not has_libtpu(), reason=NO_LIBTPU)
+@pytest.mark.skipif(not installed_compilers('tpu'), reason=NO_LIBTPU)
 def test_many_tpus_sum_gradients_and_exchange_nothing_else(elsewhere):
     """Where each of them takes its part of a large batch, too."""
     record = elsewhere(
@@ -263,7 +263,7 @@ def test_many_tpus_sum_gradients_and_exchange_nothing_else(elsewhere):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not has_libtpu(), reason=NO_LIBTPU)
+@pytest.mark.skipif(not installed_compilers('tpu'), reason=NO_LIBTPU)
 @pytest.mark.parametrize('target', ['tpu:v4:2x2x1', 'tpu:v5p:1x1x1', 'tpu:v6e:2x2'])
 def test_other_tpus(elsewhere, target):
     record = elsewhere(target, DIGITS)
@@ -274,7 +274,7 @@ def test_other_tpus(elsewhere, target):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not has_cuda_plugin(), reason=NO_CUDA_PLUGIN)
+@pytest.mark.skipif(not installed_compilers('gpu'), reason=NO_CUDA_PLUGIN)
 @pytest.mark.parametrize('target', ['gpu:a100', 'gpu:h100:2', 'gpu:h200:2x2', 'gpu:b200'])
 def test_gpus(elsewhere, target):
     record = elsewhere(target, DIGITS)

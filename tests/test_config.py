@@ -2,9 +2,13 @@ import importlib.util
 import itertools
 import json
 import pathlib
+import re
+import shutil
 
 import jax
 import pytest
+from flax.traverse_util import flatten_dict
+from ml_collections import config_dict
 
 from zerojax.config import (
     as_json,
@@ -14,6 +18,8 @@ from zerojax.config import (
     convolution_of,
     default_config,
     read,
+    type_of,
+    with_absolute_paths,
 )
 from zerojax.host.errors import UsageError
 from zerojax.run.cli import count, name_of, parse, parse_flags, text_flags
@@ -123,11 +129,10 @@ def test_every_config_is_valid_and_says_how_to_run_it(path):
     spec.loader.exec_module(module)
     check(module.get_config())
     assert f'python -m zerojax.main --config=configs/{path.name}' in module.__doc__
-    for variant in ('trial', 'wide'):
-        if f'{path.name}:{variant}' in module.__doc__:
-            check(module.get_config(variant))
-            with pytest.raises(ValueError, match=variant):
-                module.get_config('trail')
+    for variant in re.findall(rf'{path.name}:(\w+)', module.__doc__):
+        check(module.get_config(variant))
+        with pytest.raises(ValueError, match=f"'{variant}'"):
+            module.get_config(f'not {variant}')
 
 
 def test_the_workdir_is_named_after_the_config_unless_given():
@@ -184,6 +189,133 @@ def test_names_of_streams_are_given_as_a_tuple(text, expected, config, tmp_path)
     (tmp_path / 'config.json').write_text(json.dumps(as_json(given)))
     assert read(tmp_path / 'config.json').perturbation.streams == expected
     assert build_perturbation(given).streams == expected
+
+
+def optional_fields():
+    """Those that are placeholders, and what they hold if they are not None."""
+    values = {int: 3, float: 0.5, str: 'bfloat16'}
+    fields = flatten_dict(default_config().to_dict(preserve_field_references=True), sep='.')
+    return {
+        name: values[field.get_type()]
+        for name, field in fields.items()
+        if isinstance(field, config_dict.FieldReference)
+    }
+
+
+@pytest.fixture
+def all_set(tmp_path):
+    """A config file in which every optional field has a value; the model is one that takes them."""
+    file = tmp_path / 'all_set.py'
+    file.write_text(
+        'from zerojax.config import default_config\n'
+        'def get_config():\n'
+        '    config = default_config()\n'
+        '    config.update_from_flattened_dict(\n'
+        f'        {optional_fields() | {"dataset.name": "digits"}!r}\n'
+        '    )\n'
+        '    return config\n'
+    )
+    return file
+
+
+def test_there_are_optional_fields_of_each_type():
+    assert {type(value) for value in optional_fields().values()} == {int, float, str}
+    for field, value in optional_fields().items():
+        assert type_of(field) is type(value)
+
+
+@pytest.mark.parametrize('form', ['{0}=None', '{0} None', '{0}=None {0}={1} {0}=None'])
+def test_every_optional_field_takes_none_whatever_it_held(all_set, form):
+    """Whoever changes num_steps to num_epochs has to set the other to None."""
+    fields = {name: value for name, value in optional_fields().items() if name != 'num_epochs'}
+    flags = [form.format(f'--config.{name}', value).split() for name, value in fields.items()]
+    config, _ = parse_flags(['main', f'--config={all_set}', *itertools.chain(*flags)])
+    given = flatten_dict(config.to_dict(), sep='.')
+    assert given['num_epochs'] == 3
+    assert {given[name] for name in fields} == {None}
+
+
+def test_a_field_takes_its_last_value_after_none(all_set):
+    flags = ['--config.num_epochs=None', '--config.num_steps=None', '--config.num_steps=7']
+    rest = [f'--config.model.{name}=None' for name in ('sigma_w', 'unique_features')]
+    config, _ = parse_flags(['main', f'--config={all_set}', *flags, *rest])
+    assert (config.num_steps, config.num_epochs) == (7, None)
+
+
+@pytest.mark.parametrize('field', ['seed', 'perturbation.scale', 'model.name', 'dataset.name'])
+def test_a_field_that_is_not_optional_refuses_none(field):
+    argv = ['main', f'--config={CONFIGS[0].parent}/digits.py', f'--config.{field}=None']
+    with pytest.raises(UsageError, match=rf'^{field}=None: must be of type \w+$'):
+        parse_flags(argv)
+
+
+def test_the_advice_on_steps_and_epochs_can_be_followed():
+    """On the very command line that it answers."""
+    argv = ['main', f'--config={CONFIGS[0].parent}/digits.py', '--config.num_epochs=1']
+    with pytest.raises(UsageError, match='give exactly one of them') as error:
+        parse_flags(argv)
+    advice = re.search(r'--\S+', str(error.value))[0]
+    config, _ = parse_flags([*argv, advice])
+    assert (config.num_steps, config.num_epochs) == (None, 1)
+
+
+@pytest.mark.parametrize('name', ['workdir', 'config', 'text'])
+@pytest.mark.parametrize('form', [['--{}='], ['--{}', '']])
+def test_a_flag_is_not_left_out_by_being_empty(name, form):
+    """As where a variable of the shell is not set."""
+    argv = ['main', f'--config={CONFIGS[0].parent}/digits.py', *(x.format(name) for x in form)]
+    with pytest.raises(UsageError, match=rf'^--{name}=: is empty; '):
+        parse_flags(argv, text_flags(text='default'))
+
+
+@pytest.mark.parametrize(
+    'field,value',
+    [('dataset.data_dir', ''), ('dataset.data_dir', 'file:///x'), ('pruning.source', 'gs://a/b'),
+     ('pruning.source', '~nobody_of_this_name'), ('dataset.data_dir', 'a\0b')],
+)  # fmt: skip
+def test_a_field_that_is_no_path_is_refused(config, field, value):
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(UsageError, match=rf'^{field}=.*: (is empty|must be|no path|~nobody)'):
+        check(config)
+
+
+def test_paths_of_fields_are_meant_once_and_for_all(config, tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    config.dataset.data_dir, config.pruning.source = '~/data', 'runs/dense'
+    absolute = with_absolute_paths(config)
+    assert absolute.dataset.data_dir == str(tmp_path / 'data')
+    assert absolute.pruning.source == str(tmp_path / 'runs/dense')
+    assert with_absolute_paths(absolute).to_dict() == absolute.to_dict()
+    assert config.dataset.data_dir == '~/data'
+    config.dataset.data_dir, config.pruning.source = 'gs://sets', ''
+    assert with_absolute_paths(config).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize('variant', ['', ':trial'])
+def test_a_config_file_is_where_the_user_means_it(tmp_path, monkeypatch, variant):
+    shutil.copy(CONFIGS[0].parent / 'cifar.py', tmp_path / 'my config.py')
+    monkeypatch.setenv('HOME', str(tmp_path))
+    config, workdir = parse_flags(['main', f'--config=~/my config.py{variant}'])
+    assert config.num_epochs == (None if variant else 300)
+    assert workdir == pathlib.Path('runs/my config' + variant.replace(':', '_'))
+    _, workdir = parse_flags(['main', f'--config=~/my config.py{variant}', '--workdir=~/x'])
+    assert workdir == tmp_path / 'x'
+
+
+@pytest.mark.parametrize(
+    'name,reason',
+    [('nowhere.py', 'No such file'), ('folder', 'Is a directory'), ('file.py/x.py', 'Not a dir'),
+     ('dangling.py', 'No such file'), ('~nobody_of_this_name/x.py', 'is nobody'),
+     ('file:///x.py', 'not a URL'), (':trial', 'is empty')],
+)  # fmt: skip
+def test_why_a_config_file_cannot_be_read_is_said(tmp_path, monkeypatch, name, reason):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'folder').mkdir()
+    (tmp_path / 'file.py').touch()
+    (tmp_path / 'dangling.py').symlink_to('nowhere')
+    with pytest.raises(UsageError, match=rf'^--config={name}: .*{reason}'):
+        parse_flags(['main', f'--config={name}'])
 
 
 def test_a_number_may_be_as_small_as_the_precision_of_the_run_has_it(config):

@@ -234,7 +234,9 @@ def test_memory_that_does_not_suffice_is_a_failure_of_one_line(error, capsys):
 def test_a_workdir_of_too_long_a_name_is_a_mistake(tmp_path, capsys):
     config, _ = parse_flags(['main', DIGITS])
     assert exit_status(lambda: train(config, tmp_path / ('a' * 300))) == 2
-    assert re.match(r'error: --workdir=.*a: cannot be read \(File name', capsys.readouterr().err)
+    assert re.match(
+        r'error: --workdir=.*a: cannot be written \(.*: File name', capsys.readouterr().err
+    )
     assert not list(tmp_path.iterdir())
 
 

@@ -2,6 +2,9 @@
 
 import json
 import pathlib
+import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 
 from zerojax import predict
 from zerojax.host import records
+from zerojax.host.errors import UsageError
 from zerojax.measure.stability import predict_onset
 from zerojax.run import data, train
 from zerojax.run.prediction import Predictor, growth_per_step, largest
@@ -41,11 +45,18 @@ def test_the_command_predicts_streams_onsets_and_curves(tmp_path, capsys):
     ]
     for each in found['onsets']:
         assert len(each['reduced_seeds']) == 2
+    for curves in found['linear_curves'].values():
+        for name, curve in curves.items():
+            slope = growth_per_step(np.log(10) * np.array(curve))
+            assert found['streams'][name]['growth'] == pytest.approx(slope, rel=1e-6)
     assert set(found['curves']) == {'0.01', '1e-06'}
     for curves in found['curves'].values():
         assert {name: len(curve) for name, curve in curves.items()} == dict.fromkeys(streams, 21)
     assert found['operations']['full'] > 2 * found['operations']['reduced']
     assert found['seconds'] > 0
+    start = max(curve[0] for curve in found['linear_curves']['1e-06'].values())
+    assert found['rounding_scale'] * 10**start == pytest.approx(2**-24 * 1e-6, rel=1e-6)
+    assert not any('rounding decides' in line for line in lines), 'of noise that is larger'
     assert (tmp_path / 'p' / 'figures' / 'predict.png').read_bytes()[:4] == b'\x89PNG'
 
 
@@ -70,6 +81,7 @@ def test_the_command_predicts_streams_onsets_and_curves(tmp_path, capsys):
         (['--config.perturbation.layers=nothing'], "perturbation.layers='nothing': matches no"),
         (['--scales=1e-6,much'], '--scales=1e-6,much: must be numbers above 0'),
         (['--scales=0'], '--scales=0: must be numbers above 0'),
+        (['--scales=1e-100'], '--scales=1e-100: must be numbers above 0, such as 1e-8,1e-6, from'),
         (['--config.perturbation.scale=0.0'], 'perturbation.scale=0.0: must be above 0, or give'),
         (['--features=3'], '--features=3: must be a whole number of at least 4'),
         (['--steps=1'], '--steps=1: must be a whole number of at least 2'),
@@ -95,6 +107,38 @@ def test_what_cannot_be_predicted_is_one_line_and_nothing_is_written(
     assert not workdir.exists()
 
 
+def test_scales_are_those_that_the_runs_precision_can_hold(tiny_config):
+    tiny_config.param_dtype = 'float64'
+    assert predict.parse_scales('1e-100,1e-6', tiny_config) == [1e-100, 1e-6]
+    tiny_config.param_dtype = 'float32'
+    with pytest.raises(UsageError, match='--scales=1e-100'):
+        predict.parse_scales('1e-100', tiny_config)
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_at_once_also_while_a_thread_compiles(number):
+    waiting = (
+        'import sys, time\n'
+        'from concurrent import futures\n'
+        'from zerojax import predict\n'
+        'def run(argv):\n'
+        '    with futures.ThreadPoolExecutor(1) as pool:\n'
+        '        compiling = pool.submit(time.sleep, 100)\n'
+        '        print("begun", flush=True)\n'
+        '        compiling.result()\n'
+        'predict.run = run\n'
+        'sys.exit(predict.main(["predict"]))\n'
+    )
+    process = subprocess.Popen([sys.executable, '-c', waiting], stdout=subprocess.PIPE, cwd=ROOT)
+    try:
+        assert process.stdout.readline() == b'begun\n'
+        process.send_signal(number)
+        assert process.wait(timeout=50) == 128 + number
+    finally:
+        process.kill()
+        process.communicate()
+
+
 def test_a_median_counts_never_as_later_than_any_step():
     assert predict.median_onset([3, None, 5]) == 5
     assert predict.median_onset([3, None, None]) is None
@@ -105,6 +149,31 @@ def test_a_median_counts_never_as_later_than_any_step():
 def test_growth_is_the_slope_of_the_second_half():
     assert growth_per_step(np.array([5.0, 0.0, 1.0, 3.0, 5.0])) == 2.0
     assert growth_per_step(np.full(5, -np.inf)) is None
+    assert growth_per_step(np.array([1.0, 3.0])) == 2.0, 'of a run of a single step'
+
+
+@pytest.mark.parametrize(
+    'growth,told',
+    [
+        (0.1, 'grows, twice as large every 7 steps'), (-0.1, 'dies'), (4e-5, 'stays'),
+        (-4e-5, 'stays'), (0.0, 'stays'), (None, 'none'),
+    ],
+)  # fmt: skip
+def test_what_becomes_of_small_asymmetry(growth, told):
+    assert predict.fate(growth) == told
+
+
+def test_noise_below_one_rounding_is_said_to_be():
+    found = {
+        'streams': {},
+        'onsets': [
+            {'scale': 1e-9, 'stream': None, 'linear': 9, 'reduced': 9.0, 'reduced_seeds': [9]}
+        ],
+    }
+    lines = predict.screen(found | {'rounding_scale': 1e-8})
+    assert any('below a scale of 1e-08 rounding decides' in line for line in lines)
+    lines = predict.screen(found | {'rounding_scale': 1e-9})
+    assert not any('rounding decides' in line for line in lines)
 
 
 @pytest.mark.slow
@@ -126,7 +195,7 @@ def test_the_noise_is_what_the_run_adds_to_its_weights(tiny_config, tmp_path):
     tiny_config.model.width = 20
     tiny_config.perturbation.seed = 5
     predictor = Predictor(tiny_config, data.load_of(tiny_config), 1, 4)
-    noise = predictor.noise(5)
+    noise = predictor.noise(5).weights
     train.train(tiny_config, tmp_path / 'run')
     saved = records.read_json(tmp_path / 'run' / 'summary.json')
     curves = predictor.linear(1e-5)
@@ -135,6 +204,17 @@ def test_the_noise_is_what_the_run_adds_to_its_weights(tiny_config, tmp_path):
     # What is predicted is close to what it comes to, and never more.
     for name, curve in curves.items():
         assert 0.5 < np.exp(curve[-1]) / saved['asymmetry_by_stream'][name] < 1 + 1e-3
+
+
+@pytest.mark.parametrize('optimizer', ['sgd', 'radam'])
+def test_the_reduced_prediction_begins_as_the_noise_whatever_the_optimizer(tiny_config, optimizer):
+    tiny_config.optimizer.name, tiny_config.optimizer.learning_rate = optimizer, 1e-3
+    tiny_config.model.name, tiny_config.model.init = 'mlp', 'averaging'
+    tiny_config.model.width = 20
+    predictor = Predictor(tiny_config, data.load_of(tiny_config), 3, 6)
+    (curve,) = predictor.reduced(predictor.noise(0), 1e-5).values()
+    (linear,) = predictor.linear(1e-5).values()
+    np.testing.assert_allclose(np.exp(curve - linear), 1, rtol=0.5)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import types
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from zerojax import sweep
 from zerojax.host import stop
@@ -255,6 +256,19 @@ def test_a_grid_varies_the_streams_that_are_perturbed(tmp_path):
     assert folders == ['', 'stem', 'stem-block2_0']
 
 
+@pytest.mark.parametrize(
+    'field', ['num_steps', 'num_epochs', 'perturbation.every', 'model.sigma_w', 'model.dtype']
+)
+def test_a_grid_varies_an_optional_field_from_none_on(tmp_path, field):
+    value = {int: 3, float: 0.5, str: 'bfloat16'}[train.config_lib.type_of(field)]
+    values = sweep.grid_values(field, f'None,{value}')
+    assert values == [None, value]
+    jobs = list(sweep.grid_jobs(train.config_lib.default_config(), {field: values}, None, tmp_path))
+    for (fields, (changed, folder)), expected in zip(jobs, values, strict=True):
+        assert flatten_dict(changed.to_dict(), sep='.')[field] == expected == fields[field]
+        assert folder.name == f'{field}={expected}'
+
+
 def test_the_command_trains_a_grid_and_adds_to_it(tmp_path, capsys):
     short = [
         '--config=configs/digits.py', '--config.num_steps=4', '--config.model.name=mlp',
@@ -285,6 +299,9 @@ def test_the_command_trains_a_grid_and_adds_to_it(tmp_path, capsys):
     [
         (['--grid.model.dept=7'], 'model.dept: no such field'),
         (['--grid.seed=0,x'], '--grid.seed=x: must be of type int'),
+        (['--grid.seed=0,None'], 'seed=None: seed=None: must be of type int'),
+        (['--grid.num_epochs=1,2'], 'num_epochs=1: num_steps=700, num_epochs=1: give exactly one'),
+        (['--seeds='], '--seeds=: is empty; give it a value, or leave it out'),
         (['--grid.symmetry.project=yes'], '--grid.symmetry.project=yes: must be of type bool'),
         (['--grid.optimizer.drop_at=1'], '--grid.optimizer.drop_at: is a tuple, which a grid'),
         (['--grid.perturbation.streams=a'], "perturbation.streams=a: perturbation.streams=('a',)"),

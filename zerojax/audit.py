@@ -34,6 +34,7 @@ from zerojax.host import manifest, records
 from zerojax.host.command import run_command
 from zerojax.host.errors import RunError, UsageError
 from zerojax.host.stop import raise_on_signals
+from zerojax.host.terminal import say
 from zerojax.measure import noise, step_audit
 from zerojax.measure.compiled import no_compilation_cache
 from zerojax.run import checks, cli, data
@@ -88,7 +89,7 @@ def in_fresh_processes(argv: list[str], folder: str, number: int) -> list[pathli
     files = [pathlib.Path(folder) / f'{i}.npz' for i in range(number)]
     for file in files:
         command = [sys.executable, '-m', 'zerojax.audit', *argv[1:], f'--tensors_to={file}']
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, errors='replace')
         if done.returncode != 0:
             reason = (done.stderr.strip().splitlines() or ['no message'])[-1]
             if done.returncode == 2:
@@ -205,8 +206,8 @@ def run(argv: list[str]) -> None:
             tensors: Any = noise.flatten(compiled.run())
         np.savez(values.tensors_to, **tensors)
         return
+    cli.make_folder(workdir)
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
         folder = tempfile.TemporaryDirectory(dir=workdir, prefix='.tensors_')
     except OSError as error:
         raise UsageError(
@@ -215,7 +216,7 @@ def run(argv: list[str]) -> None:
     with folder as name, numbers_of(config.param_dtype):
         verdict = audit(config, argv, name, repeats, compilations, processes)
     for line in screen(config, verdict):
-        print(line)
+        say(line)
     records.write_json(
         workdir / 'audit.json',
         {
@@ -225,7 +226,7 @@ def run(argv: list[str]) -> None:
             **verdict.record(full=True),
         },
     )
-    print(f'{workdir}/audit.json has every tensor')
+    say(f'{workdir}/audit.json has every tensor')
 
 
 def main(argv: list[str]) -> int:

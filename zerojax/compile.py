@@ -46,14 +46,13 @@ from zerojax.measure import program_cost
 from zerojax.measure.compiled import no_compilation_cache, operations_that_may_not_repeat
 from zerojax.run import cli
 from zerojax.run.compilation import Attempt, compile_in_modes, resolve
-from zerojax.run.target import Target, find
+from zerojax.run.target import Target, find, installed_compilers
 from zerojax.step.precision import numbers_of
 
 SHARE_OF_GPU = 0.75  # what JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
 
 _OVER = re.compile(r'Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])')  # libtpu, of memory
 _UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
-_COMPILERS = {'cpu': (), 'gpu': ('jax-cuda12-plugin',), 'tpu': ('libtpu',)}
 
 
 def record_of(target: Target, attempts: dict[str, Attempt], mode: str) -> records.Record:
@@ -107,7 +106,7 @@ def screen(
 ) -> list[str]:
     """What was found as lines of at most 100 columns."""
     device = target.accelerator.name if target.accelerator else 'CPU'
-    packages = ('jax', 'jaxlib', *_COMPILERS[target.backend])
+    packages = ('jax', 'jaxlib', *installed_compilers(target.backend))
     versions = ', '.join(f'{name} {importlib.metadata.version(name)}' for name in packages)
     modes = [
         f'{mode} {f"in {each.seconds:.0f} s" if each.executable else "no"}'

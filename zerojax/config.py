@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict, config_dict
 
 from zerojax import models, perturb
+from zerojax.host import objectstore, paths
 from zerojax.host.errors import UsageError
 from zerojax.models import convolutions
 from zerojax.step import determinism, pruning
@@ -74,17 +75,17 @@ def default_config() -> ConfigDict:
     config.model.init = 'averaging'  # or 'random', the paper's control, ...: see models.create
     config.model.sigma_w = config_dict.placeholder(float)  # noise of constnet's initial weights
     config.model.negative_slope = 0.01  # of leakynet's leaky ReLU
-    config.model.unique_features = config_dict.placeholder(int)  # of mlp at the start; null: all
+    config.model.unique_features = config_dict.placeholder(int)  # of mlp at the start; None: all
     config.model.dropout = 0.0  # rate after each block convolution
     config.model.dropout_at = 'blocks'  # or 'stem': behind constnet's stem only
     config.model.shortcut = 'post_relu'  # as the paper's code; or 'pre_relu'
     config.model.convolution = 'auto'  # what is fast here; or 'direct', 'patches', 'mixed'
     config.model.precision = 'highest'  # of products; or 'high', 'default': TF32, bfloat16
-    config.model.dtype = config_dict.placeholder(str)  # 'bfloat16': mixed precision; null: none
+    config.model.dtype = config_dict.placeholder(str)  # 'bfloat16': mixed precision; None: not
 
     config.dataset = ConfigDict()
     config.dataset.name = ''
-    config.dataset.data_dir = config_dict.placeholder(str)  # prepared TFDS sets; null: TFDS's place
+    config.dataset.data_dir = config_dict.placeholder(str)  # prepared TFDS sets; None: TFDS's place
     config.dataset.train_split = 'train'
     config.dataset.eval_split = 'test'
     config.dataset.augment = False  # reflect-pad 4, crop, mirror
@@ -104,7 +105,7 @@ def default_config() -> ConfigDict:
     config.perturbation.scale = 0.0
     config.perturbation.seed = 0
     config.perturbation.at_step = 0  # after this many updates; 0: the initial weights
-    # Again every so many steps; 0: only once; null: as the kind has it, see zerojax/perturb.py.
+    # Again every so many steps; 0: only once; None: as the kind has it, see zerojax/perturb.py.
     config.perturbation.every = config_dict.placeholder(int)
     config.perturbation.layers = '.*'  # regular expression on paths such as block1_0/conv/kernel
     config.perturbation.streams = ()  # names such as 'stem', whose symmetry alone breaks; (): all
@@ -260,8 +261,9 @@ def check(config: ConfigDict) -> None:
     if (config.num_steps is None) == (config.num_epochs is None):
         raise UsageError(
             f'num_steps={config.num_steps}, num_epochs={config.num_epochs}: '
-            'give exactly one of them (the other None)'
+            'give exactly one of them, and None for the other, as --config.num_steps=None'
         )
+    with_absolute_paths(config)  # raises if one is no path
     unused = ('b1', 'b2') if config.optimizer.name == 'sgd' else ('momentum', 'nesterov')
     for name in unused:
         if config.optimizer[name] != template.optimizer[name]:
@@ -286,6 +288,23 @@ def check(config: ConfigDict) -> None:
         )
     _create_model(dict(config.model), num_classes=1)
     build_perturbation(config)
+
+
+def with_absolute_paths(config: ConfigDict) -> ConfigDict:
+    """A copy whose paths stay what they are if the working directory changes.
+
+    Raises:
+        UsageError: one is no path, see `paths.meant`.
+    """
+    config = config.copy_and_resolve_references()
+    data_dir, source = config.dataset.data_dir, config.pruning.source
+    if data_dir is not None and not data_dir.startswith(objectstore.SCHEME):
+        found = paths.meant(data_dir, f'dataset.data_dir={data_dir!r}')
+        config.dataset.data_dir = str(found.absolute())
+    if source:
+        found = paths.meant(source, f'pruning.source={source!r}')
+        config.pruning.source = str(found.absolute())
+    return config
 
 
 _OPTIONAL = {

@@ -31,12 +31,13 @@ from ml_collections import ConfigDict
 
 from zerojax import config as config_lib
 from zerojax import interop, models, symmetry
-from zerojax.host import torch_checkpoint
+from zerojax.host import paths, torch_checkpoint
 from zerojax.host.checkpoint import Checkpoints, has_checkpoint
 from zerojax.host.command import run_command
 from zerojax.host.errors import UsageError
 from zerojax.host.records import read_metrics, write_json
 from zerojax.host.stop import exit_on_signals
+from zerojax.host.terminal import say
 from zerojax.host.workdir import Workdir
 from zerojax.run import checks, cli, data
 from zerojax.run.building import build_orbits, new_state, scalars_of
@@ -73,7 +74,7 @@ def from_torch(file: pathlib.Path, argv: list[str]) -> None:
         )
         checkpoints.save(state, seconds=0.0)
         checkpoints.wait()
-    print(f'{workdir}: step 0 has the weights of {file}')
+    say(f'{workdir}: step 0 has the weights of {file}')
 
 
 def _initial_state(
@@ -131,9 +132,13 @@ def to_torch(file: pathlib.Path, argv: list[str]) -> None:
     cli.parse(argv, values)
     if values.workdir is None:
         raise UsageError('command line: to-torch FILE.pth.tar --workdir=DIR')
-    workdir = pathlib.Path(values.workdir)
-    if not has_checkpoint(workdir):
-        raise UsageError(f'--workdir={workdir}: holds no checkpoint')
+    workdir = paths.meant(values.workdir, f'--workdir={values.workdir}')
+    obstacle = paths.why_no_folder(workdir, must_exist=True)
+    if obstacle or not has_checkpoint(workdir):
+        raise UsageError(
+            f'--workdir={workdir}: holds no checkpoint' + (f', {obstacle}' if obstacle else '')
+        )
+    checks.check_devices()
     with Checkpoints(workdir / 'checkpoints', read_only=True) as checkpoints:
         step = checkpoints.steps[-1]
         variables = checkpoints.read_variables(step)
@@ -146,7 +151,7 @@ def to_torch(file: pathlib.Path, argv: list[str]) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f'--workdir={workdir}: no run of the paper: {error}') from error
     torch_checkpoint.write(file, arrays, epoch=epoch, best_prec1=100.0 * best)
-    print(f'{file}: weights of step {step} of {workdir}')
+    say(f'{file}: weights of step {step} of {workdir}')
 
 
 def _progress(workdir: pathlib.Path, config: dict[str, Any], step: int) -> tuple[int, float]:
@@ -165,7 +170,7 @@ def run(argv: list[str]) -> None:
     if len(argv) < 3 or argv[1] not in ('from-torch', 'to-torch'):
         raise UsageError('command line: needs from-torch or to-torch, and a file; see --help')
     command = from_torch if argv[1] == 'from-torch' else to_torch
-    command(pathlib.Path(argv[2]), [argv[0], *argv[3:]])
+    command(paths.meant(argv[2], f'command line: file {argv[2]!r}'), [argv[0], *argv[3:]])
 
 
 def main(argv: list[str]) -> int:

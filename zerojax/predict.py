@@ -24,6 +24,7 @@ import statistics
 import sys
 import time
 
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -32,7 +33,8 @@ from zerojax.host import figures, manifest, records
 from zerojax.host.command import run_command
 from zerojax.host.errors import RunError, UsageError
 from zerojax.host.progress import Progress
-from zerojax.host.stop import raise_on_signals
+from zerojax.host.stop import exit_on_signals
+from zerojax.host.terminal import say
 from zerojax.measure.prediction import ALONE
 from zerojax.measure.stability import ONSET, predict_onset
 from zerojax.run import cli, data
@@ -51,7 +53,7 @@ def parse_scales(text: str | None, config: ConfigDict) -> list[float]:
     """The scales that --scales names, or the config's.
 
     Raises:
-        UsageError: one is no number above 0.
+        UsageError: one is no number above 0, or would be 0 or infinite in the run's precision.
     """
     if text is None:
         scales = [config.perturbation.scale]
@@ -64,8 +66,11 @@ def parse_scales(text: str | None, config: ConfigDict) -> list[float]:
         scales = [float(each) for each in text.split(',')]
     except ValueError:
         scales = []
-    if not scales or not all(1e-37 <= each <= 1e37 for each in scales):
-        raise UsageError(f'--scales={text}: must be numbers above 0, such as 1e-8,1e-6')
+    least, most = (1e-307, 1e307) if config.param_dtype == 'float64' else (1e-37, 1e37)
+    if not scales or not all(least <= each <= most for each in scales):
+        raise UsageError(
+            f'--scales={text}: must be numbers above 0, such as 1e-8,1e-6, from {least} to {most}'
+        )
     return list(dict.fromkeys(scales))
 
 
@@ -130,10 +135,10 @@ def predict(
         RunError: the symmetric run itself diverges.
     """
     operations = predictor.operations()
-    for line in cost_lines(predictor, operations, features, len(scales) * seeds):
-        print(line, flush=True)
     try:
-        active = predictor.active()
+        for line in cost_lines(predictor, operations, features, len(scales) * seeds):
+            say(line)
+        linear = predictor.linear(1.0)
     except ValueError as error:
         raise RunError(f'the symmetric run itself: {error}') from error
     reduced: dict[float, list[Curves]] = {scale: [] for scale in scales}
@@ -145,16 +150,27 @@ def predict(
     curves = {scale: (predictor.linear(scale), reduced[scale]) for scale in scales}
     found: records.Record = {
         'streams': {
-            name: {'features': count, 'growth': growth_per_step(active[name])}
+            name: {'features': count, 'growth': growth_per_step(linear[name])}
             for name, count in predictor.stream_sizes.items()
         },
         'onsets': [row for scale in scales for row in onset_records(scale, *curves[scale])],
         'curves': {str(scale): in_log10(reduced[scale][0]) for scale in scales},
         'linear_curves': {str(scale): in_log10(curves[scale][0]) for scale in scales},
+        'rounding_scale': rounding_scale(predictor),
         'operations': operations,
         'steps': predictor.steps,
     }
     return found, curves
+
+
+def rounding_scale(predictor: Predictor) -> float:
+    """The scale of noise whose asymmetry at the start is one rounding of the run's arithmetic.
+
+    What is smaller may be swallowed, whatever the linear law says of it, or blown up.
+    """
+    dtype = predictor.config.model.dtype or predictor.config.param_dtype
+    roundoff = float(jnp.finfo(dtype).eps) / 2
+    return roundoff / math.exp(largest(predictor.linear(1.0))[0])
 
 
 def screen(found: records.Record) -> list[str]:
@@ -167,7 +183,7 @@ def screen(found: records.Record) -> list[str]:
             row.format(
                 name[-14:],
                 stream['features'],
-                '-' if growth is None else f'{growth:+.4f}',
+                '-' if growth is None else f'{growth:+z.4f}',
                 fate(growth),
             )
         )
@@ -184,6 +200,14 @@ def screen(found: records.Record) -> list[str]:
                 ', '.join(shown(onset) for onset in each['reduced_seeds']),
             )
         )
+    floor = found['rounding_scale']
+    if any(each['scale'] < floor for each in found['onsets']):
+        lines += [
+            '',
+            f'below a scale of {floor:.0e} rounding decides: such noise starts training about when '
+            'the reduced',
+            'network says, or, where it is swallowed, never',
+        ]
     return [line[:100].rstrip() for line in lines]
 
 
@@ -191,7 +215,9 @@ def fate(growth: float | None) -> str:
     """What becomes of small asymmetry that grows so much a step."""
     if growth is None:
         return 'none'
-    if growth <= 0:
+    if abs(growth) < 5e-5:  # shown as 0.0000
+        return 'stays'
+    if growth < 0:
         return 'dies'
     return f'grows, twice as large every {math.log(2) / growth:.0f} steps'
 
@@ -255,8 +281,9 @@ def run(argv: list[str]) -> None:
     cli.make_folder(workdir)
     found, curves = predict(predictor, scales, features, seeds)
     for line in screen(found):
-        print(line)
-    draw(curves, seeds, workdir / 'figures' / 'predict.png')
+        say(line)
+    figure = workdir / 'figures' / 'predict.png'
+    drawn = figures.try_to_draw(figure, lambda: draw(curves, seeds, figure))
     records.write_json(
         workdir / 'predict.json',
         {
@@ -266,12 +293,12 @@ def run(argv: list[str]) -> None:
             'seconds': round(time.monotonic() - began, 1),
         },
     )
-    print(f'\n{workdir}/predict.json, figures/predict.png')
+    say(f'\n{workdir}/predict.json' + (', figures/predict.png' if drawn else ''))
 
 
 def main(argv: list[str]) -> int:
     """Runs the command line `argv` (with the program's name); returns the exit status."""
-    return run_command(run, argv, __doc__, raise_on_signals)
+    return run_command(run, argv, __doc__, exit_on_signals)
 
 
 if __name__ == '__main__':

@@ -47,11 +47,12 @@ from zerojax.host.command import run_command
 from zerojax.host.errors import RunError, UsageError
 from zerojax.host.progress import Progress
 from zerojax.host.stop import exit_on_signals
+from zerojax.host.terminal import say
 from zerojax.run import cli
 from zerojax.run.building import scalars_of, structure
-from zerojax.run.checks import check_structure, resolve
+from zerojax.run.checks import check_devices, check_structure, resolve
 from zerojax.run.program import Programs
-from zerojax.run.train import claim, train, train_runs
+from zerojax.run.train import absolute_workdir, claim, train, train_runs
 from zerojax.step.precision import numbers_of
 
 Job = tuple[ConfigDict, pathlib.Path]  # a run: its config, and its folder
@@ -92,6 +93,11 @@ def sweep(
                 f'--runs_at_once={runs_at_once}: must be 1 with determinism.mode=hardware, where '
                 'each run is audited'
             )
+    jobs = [
+        (config_lib.with_absolute_paths(config), absolute_workdir(folder))
+        for config, folder in jobs
+    ]
+    check_devices()
     programs = programs or Programs()
     resolved: dict[int, ConfigDict] = {}
     summaries: dict[int, records.Record] = {}
@@ -121,7 +127,11 @@ def sweep(
 
     failed = {}
     with Progress(sum(resolved[i].num_steps for i in itertools.chain(*pending.values()))) as bar:
-        for numbers in filter(None, pending.values()):
+        # 'deterministic' before 'hardware', after which a GPU's process cannot grant it.
+        kinds = sorted(
+            filter(None, pending.values()), key=lambda x: resolved[x[0]].determinism.mode
+        )
+        for numbers in kinds:
             at_once = runs_at_once or fastest(resolved[numbers[0]], len(numbers), programs, bar)
             for batch in batches([jobs[i][1] for i in numbers], at_once):
                 chosen = [numbers[i] for i in batch]
@@ -252,6 +262,8 @@ def parse_value(field: str, text: str) -> Any:
         UsageError: the text is not of its type.
     """
     kind = config_lib.type_of(field)
+    if text == 'None':
+        return None  # whether the field may be that, its check says
     try:
         if kind is bool:
             return {'true': True, 'false': False}[text.lower()]
@@ -349,7 +361,7 @@ def write_table(jobs: list[tuple[dict[str, Any], Job]], workdir: pathlib.Path) -
             rows.append({'run': folder.name, **fields, **{name: summary[name] for name in COLUMNS}})
     if rows:
         records.write_csv(workdir / 'sweep.csv', rows)
-        print(f'{workdir}/sweep.csv: {len(rows)} of {len(jobs)} runs')
+        say(f'{workdir}/sweep.csv: {len(rows)} of {len(jobs)} runs')
 
 
 def main(argv: list[str]) -> int:

@@ -29,7 +29,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import pathlib
 import resource
 import subprocess
 import sys
@@ -53,12 +52,17 @@ from experiments.performance.measuring import (
     time_alone,
     time_in_turns,
 )
-from zerojax.host import records
+from zerojax.host import paths, records
 from zerojax.host.command import run_command
 from zerojax.host.errors import RunError, UsageError
 from zerojax.host.stop import raise_on_signals
+from zerojax.host.terminal import say
 from zerojax.run import cli
 from zerojax.run.data import Dataset, Split
+
+
+def precisions(backend: str) -> tuple[str, ...]:
+    return ('float32', 'bfloat16') if backend == 'cpu' else ('tf32', 'float32', 'bfloat16')
 
 
 def all_rows(backend: str) -> list[Row]:
@@ -73,7 +77,7 @@ def all_rows(backend: str) -> list[Row]:
         Row(*network, batch_size, precision)
         for network, sizes in batches.items()
         for batch_size in sizes
-        for precision in ('float32', 'bfloat16')
+        for precision in precisions(backend)
     ]
 
 
@@ -86,7 +90,8 @@ def build_config(row: Row) -> ConfigDict:
     config.determinism.mode = 'deterministic'
     config.batch_size = row.batch_size
     config.model.depth, config.model.width = row.depth, row.width
-    config.model.dtype = None if row.precision == 'float32' else row.precision
+    config.model.dtype = 'bfloat16' if row.precision == 'bfloat16' else None
+    config.model.precision = 'default' if row.precision == 'tf32' else 'highest'
     return config
 
 
@@ -113,8 +118,12 @@ def first_step(row: Row) -> bool:
 def matrix_peak(precision: str, repetitions: int) -> float:
     """FLOP/s of a large matrix product, the best of all repetitions."""
     size = 2048 if jax.default_backend() == 'cpu' else 8192
-    x = jnp.ones((size, size), precision)
-    product = jax.jit(lambda x: x @ x)
+    generator = np.random.default_rng(0)  # products of zeros or ones take less power, so less time
+    x = jnp.asarray(
+        generator.normal(size=(size, size)), 'bfloat16' if precision == 'bfloat16' else 'float32'
+    )
+    of_factors = 'highest' if precision == 'float32' else 'default'
+    product = jax.jit(lambda x: jnp.matmul(x, x, precision=of_factors))
     times = time_alone(repeat(lambda: product(x).block_until_ready()), repetitions, SECONDS)
     return 2 * size**3 / times['least']
 
@@ -134,22 +143,7 @@ def measure(row: Row, repetitions: int) -> dict[str, Any]:
     step(1)
     memory = peak_memory()
     count, program = int(step.count), step.program
-    analysis = step.executable.cost_analysis()
     alone = time_alone(step, repetitions, SECONDS)
-
-    hardware = build_config(row)
-    hardware.determinism.mode = 'hardware'
-    projected = build_config(row)
-    projected.symmetry.project = True
-    in_turns = time_in_turns(
-        {
-            'plain': step,
-            'hardware': Stepper(hardware, dataset),
-            'projected': Stepper(projected, dataset),
-        },
-        repetitions,
-        SECONDS,
-    )
 
     def evaluate() -> None:
         program.evaluate(step.state)
@@ -161,11 +155,19 @@ def measure(row: Row, repetitions: int) -> dict[str, Any]:
 
     evaluation = time_alone(repeat(evaluate), repetitions, SECONDS)
     measured = time_alone(repeat(measurements), repetitions, SECONDS)
+
+    projected = build_config(row)
+    projected.symmetry.project = True
+    compared = {'plain': step, 'projected': Stepper(projected, dataset)}
+    hardware = build_config(row)
+    hardware.determinism.mode = 'hardware'  # the last: a GPU's process then grants no other
+    compared['hardware'] = Stepper(hardware, dataset)
+    in_turns = time_in_turns(compared, repetitions, SECONDS)
     return {
         'train': rates(row.batch_size * count, alone),
         'evaluation': rates(len(dataset.eval.labels), evaluation),
         'milliseconds a step': alone['median'] / count * 1e3,
-        'flops a step': analysis['flops'],
+        'flops a step': step.flops(),
         'peak': matrix_peak(row.precision, repetitions),
         'memory': memory,
         'deterministic over hardware': in_turns['plain']['median'] / in_turns['hardware']['median'],
@@ -199,7 +201,7 @@ def in_process(
     seconds = time.perf_counter() - began
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ['no message'])[-1]
-        print(f'{row.name if row else ""} {kind}: failed: {reason}', flush=True)
+        say(f'{row.name if row else ""} {kind}: failed: {reason}')
         return None, seconds
     return json.loads(done.stdout.splitlines()[-1]), seconds
 
@@ -221,7 +223,7 @@ def child(text: str) -> None:
 
         compiled = kind == 'torch.compile'
         found = benchmark_torch.measure(Row(**fields), repetitions, compiled=compiled)
-    print(json.dumps(found))
+    say(json.dumps(found))
 
 
 def measure_row(row: Row, repetitions: int, *, with_torch: bool) -> dict[str, Any]:
@@ -291,7 +293,7 @@ def run(argv: list[str]) -> None:
     from experiments import runs  # Matplotlib: not in the processes whose memory is measured
 
     command = ' '.join(['python -m experiments.performance.benchmark', *argv[1:]])
-    workdir = pathlib.Path(values.workdir)
+    workdir = paths.meant(values.workdir, f'--workdir={values.workdir}')
     repetitions = cli.count(values, 'repetitions', least=1)
     machine, _ = in_process('machine')
     if machine is None:
@@ -303,18 +305,18 @@ def run(argv: list[str]) -> None:
                 raise UsageError(f'--rows={name}: no such row; allowed: {", ".join(rows)}')
         rows = {name: rows[name] for name in values.rows.split(',')}
     if machine['backend'] == 'cpu':
-        print('no accelerator here: the CPU is measured', flush=True)
+        say('no accelerator here: the CPU is measured')
     torch_version = importlib.util.find_spec('torch') and importlib.metadata.version('torch')
     cli.make_folder(workdir)
     lines = []
     for name, row in rows.items():
-        print(f'-- {name}', flush=True)
+        say(f'-- {name}')
         lines.append(measure_row(row, repetitions, with_torch=torch_version is not None))
         records.write_csv(workdir / 'table.csv', lines)
     both = '\n\n'.join(runs.markdown(table) for table in tables(lines))
     where = f'{machine["text"]}, torch {torch_version or "not installed"}'
-    (workdir / 'table.md').write_text(f'    {command}\n\n{where}.\n\n{both}\n')
-    print(f'\n{both}\n\n{workdir}/table.md, table.csv')
+    (workdir / 'table.md').write_text(f'    {command}\n\n{where}.\n\n{both}\n', encoding='utf-8')
+    say(f'\n{both}\n\n{workdir}/table.md, table.csv')
 
 
 def main(argv: list[str]) -> int:

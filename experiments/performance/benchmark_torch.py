@@ -1,5 +1,6 @@
 """ConstNet in PyTorch, for `experiments.performance.benchmark` to measure zerojax against."""
 
+import os
 from typing import Any
 
 import torch
@@ -43,9 +44,17 @@ class ConstNet(nn.Module):
         return self.head(torch.relu(self.blocks(self.stem(x))).mean((2, 3)))
 
 
-def measure(row: Row, repetitions: int, *, compiled: bool) -> dict[str, Any]:
-    """Images a second of training, by `torch.compile` or eager."""
+def measure(
+    row: Row, repetitions: int, *, compiled: bool, deterministic: bool = False
+) -> dict[str, Any]:
+    """Images a second of training, by `torch.compile` or eager, with the fastest kernels or with
+    deterministic ones."""
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.use_deterministic_algorithms(deterministic)
+    os.environ['CUBLAS_WORKSPACE_CONFIG'] = ':4096:8'  # without which cuBLAS may not repeat
+    tf32 = row.precision == 'tf32'
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     model = ConstNet(row.depth, row.width, row.channels).to(device)
     model = model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), 0.03, momentum=0.9, weight_decay=5e-4)

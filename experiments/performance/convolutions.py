@@ -21,7 +21,6 @@ minutes on two CPU cores. docs/performance.md keeps the results.
 import functools
 import importlib.util
 import json
-import pathlib
 import subprocess
 import sys
 from collections.abc import Callable
@@ -33,11 +32,13 @@ import numpy as np
 
 from experiments import runs
 from experiments.performance import measuring
+from zerojax.host import paths
 from zerojax.host.command import run_command
 from zerojax.host.errors import RunError
 from zerojax.host.stop import raise_on_signals
+from zerojax.host.terminal import say
 from zerojax.models.convolutions import convolve_direct, convolve_patches
-from zerojax.run import cli
+from zerojax.run import checks, cli
 from zerojax.step.determinism import jit_in_mode
 
 REPETITIONS = 9
@@ -188,13 +189,14 @@ def run(argv: list[str]) -> None:
     if values.torch_batch is not None:
         batch = cli.count(values, 'torch_batch', least=1)
         times = [measure_torch(shape, batch, which) for shape in SHAPES for which in PASSES]
-        print(json.dumps(times))
+        say(json.dumps(times))
         return
     command = ' '.join(['python -m experiments.performance.convolutions', *argv[1:]])
-    workdir = pathlib.Path(values.workdir)
+    workdir = paths.meant(values.workdir, f'--workdir={values.workdir}')
     batch = cli.count(values, 'batch', least=1)
     cli.make_folder(workdir)
     of_torch = iter(all_of_torch(batch))
+    checks.check_devices()  # only now, as PyTorch may need the device too
     rows = []
     for shape in SHAPES:
         for which in PASSES:
@@ -203,7 +205,7 @@ def run(argv: list[str]) -> None:
             row = {'inputs': f'{side}x{side}x{channels}', 'features': features, 'stride': stride}
             names = ('direct', 'patches', 'taps', 'outer', 'PyTorch')
             rows.append(row | {'pass': which} | {name: shown(found.get(name)) for name in names})
-            print(' '.join(map(str, rows[-1].values())), flush=True)
+            say(' '.join(map(str, rows[-1].values())))
     runs.save_table(workdir, command, f'{runs.machine()}.', rows)
 
 

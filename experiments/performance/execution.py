@@ -21,6 +21,7 @@ import optax
 from zerojax import models, step
 from zerojax.host.command import run_command
 from zerojax.host.stop import exit_on_signals
+from zerojax.host.terminal import say
 from zerojax.models import convolutions
 from zerojax.run import checks, cli, data
 from zerojax.run.building import scalars_of
@@ -80,27 +81,26 @@ def seconds_of_measurements(config_file: str, variant: str) -> tuple[float, list
 def run(argv: list[str]) -> None:
     """The command, which has no flags."""
     cli.parse(argv, cli.text_flags())
+    checks.check_devices()
     device = jax.devices()[0]
-    print(f'jax {jax.__version__}, {device.device_kind}, {platform.machine()}')
-    print('| images | batch | convolution | steps_per_call | ms a step |')
-    print('| --- | --- | --- | --- | --- |')
+    say(f'jax {jax.__version__}, {device.device_kind}, {platform.machine()}')
+    say('| images | batch | convolution | steps_per_call | ms a step |')
+    say('| --- | --- | --- | --- | --- |')
     for size, channels, batch_size in ((8, 1, 128), (32, 3, 64)):
         for convolution in convolutions.CONVOLUTIONS:
             for steps_per_call in (1, 11):
                 times = milliseconds_a_step(size, channels, batch_size, convolution, steps_per_call)
-                print(
+                say(
                     f'| {size}x{size}x{channels} | {batch_size} | {convolution} | {steps_per_call} '
                     f'| {statistics.median(times):.1f} ({min(times):.1f} to {max(times):.1f}) |',
-                    flush=True,
                 )
-    print('\n| measurements | first, s | each further, s |')
-    print('| --- | --- | --- |')
+    say('\n| measurements | first, s | each further, s |')
+    say('| --- | --- | --- |')
     for file, variant in (('digits', ''), ('cifar', 'trial')):
         first, times = seconds_of_measurements(file, variant)
-        print(
+        say(
             f'| configs/{file}.py{variant and ":"}{variant} | {first:.1f} '
             f'| {statistics.median(times):.3f} ({min(times):.3f} to {max(times):.3f}) |',
-            flush=True,
         )
 
 

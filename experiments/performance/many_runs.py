@@ -31,6 +31,7 @@ from zerojax.host import records
 from zerojax.host.command import run_command
 from zerojax.host.errors import RunError, UsageError
 from zerojax.host.stop import raise_on_signals
+from zerojax.host.terminal import say
 from zerojax.run import cli, data
 
 REPETITIONS = 5
@@ -119,8 +120,10 @@ def run(argv: list[str]) -> None:
     for name, rows in tables.items():
         records.write_csv(workdir / f'{name}.csv', rows)
         table = runs.markdown(rows)
-        (workdir / f'{name}.md').write_text(f'    {command}\n\n{runs.machine()}.\n\n{table}\n')
-        print(f'\n{table}\n\n{workdir}/{name}.md, {name}.csv')
+        (workdir / f'{name}.md').write_text(
+            f'    {command}\n\n{runs.machine()}.\n\n{table}\n', encoding='utf-8'
+        )
+        say(f'\n{table}\n\n{workdir}/{name}.md, {name}.csv')
 
 
 def main(argv: list[str]) -> int:

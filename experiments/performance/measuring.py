@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from zerojax.measure.compiled import count_operations
 from zerojax.run.building import scalars_of
 from zerojax.run.checks import resolve
 from zerojax.run.data import Dataset
@@ -85,11 +86,11 @@ class Row:
     size: int
     channels: int
     batch_size: int
-    precision: str  # 'float32' or 'bfloat16', which is mixed precision
+    precision: str  # 'float32', 'tf32' (products alone) or 'bfloat16' (mixed precision)
 
     @property
     def name(self) -> str:
-        short = {'float32': 'f32', 'bfloat16': 'bf16'}[self.precision]
+        short = {'float32': 'f32', 'tf32': 'tf32', 'bfloat16': 'bf16'}[self.precision]
         kind = 'digits' if self.size == 8 else 'cifar'
         return f'{kind}-{self.depth}-{self.width}-{self.batch_size}-{short}'
 
@@ -105,6 +106,10 @@ class Stepper:
         self.source = self.program.source(self.state, scalars, epoch=0)
         self.count = np.int32(config.steps_per_call)
         self.executable = self.program.compile_train_steps(self.state, self.source)
+
+    def flops(self) -> float:
+        """Operations of one step of a run that is alone, see `count_operations`."""
+        return count_operations(self.program.one_step, self.state, self.source)
 
     def __call__(self, calls: int) -> None:
         """Makes so many calls, each one of `count` train steps, and waits for the last."""

@@ -8,7 +8,6 @@ repetitions, which take turns) and seconds to compile. Ten minutes on two CPU co
 network is timed with --full=1, which takes five more. docs/performance.md keeps a result.
 """
 
-import pathlib
 import sys
 import time
 from typing import Any
@@ -20,9 +19,11 @@ import optax
 from experiments import runs
 from experiments.performance import measuring
 from zerojax import models
+from zerojax.host import paths
 from zerojax.host.command import run_command
 from zerojax.host.stop import raise_on_signals
-from zerojax.run import cli
+from zerojax.measure.compiled import count_operations
+from zerojax.run import checks, cli
 from zerojax.step import create_state, jit_in_mode, train_step_function
 from zerojax.symmetry import quotient
 from zerojax.symmetry.orbits import feature_counts
@@ -33,9 +34,9 @@ BATCH, SHAPE = 128, (32, 32, 3)
 REPETITIONS = 5
 
 
-def lowered_step(m: int | None) -> tuple[Any, tuple[Any, Any]]:
-    """The train step of the network with m features a stream (None: all), and what it is called
-    with."""
+def lowered_step(m: int | None) -> tuple[Any, tuple[Any, Any], float]:
+    """The train step of the network with m features a stream (None: all), lowered; what it is
+    called with; and its operations."""
     model = models.create('constnet', depth=DEPTH, width=WIDTH)
     axes, tx = model.feature_axes(), optax.sgd(0.03, momentum=0.9)
 
@@ -56,8 +57,9 @@ def lowered_step(m: int | None) -> tuple[Any, tuple[Any, Any]]:
         'label': random.integers(0, 10, BATCH).astype(np.int32),
     }
     arguments = state, jax.device_put(batch)
-    step = jit_in_mode(train_step_function(network, tx), 'deterministic')
-    return step.lower(*arguments), arguments
+    step = train_step_function(network, tx)
+    lowered = jit_in_mode(step, 'deterministic').lower(*arguments)
+    return lowered, arguments, count_operations(step, *arguments)
 
 
 def run(argv: list[str]) -> None:
@@ -66,13 +68,13 @@ def run(argv: list[str]) -> None:
     cli.parse(argv, values)
     timed_in_full = cli.count(values, 'full', least=0) > 0
     command = ' '.join(['python -m experiments.performance.reduced', *argv[1:]])
-    workdir = pathlib.Path(values.workdir)
+    workdir = paths.meant(values.workdir, f'--workdir={values.workdir}')
+    checks.check_devices()
     cli.make_folder(workdir)
     operations, compiling, calls = {}, {}, {}
     for m in (*FEATURES, None):
         name = 'all' if m is None else str(m)
-        lowered, arguments = lowered_step(m)
-        operations[name] = lowered.cost_analysis()['flops']
+        lowered, arguments, operations[name] = lowered_step(m)
         if m is None and not timed_in_full:
             continue
         began = time.perf_counter()

@@ -49,11 +49,11 @@ def test_it_learns_what_the_large_network_of_unique_features_does(where, tiny_co
 def experiment(tiny_config, tmp_path) -> runs.Experiment:
     tiny_config.num_steps = 3
     tiny_config.model.update({'name': 'mlp', 'width': 8})
-    return runs.Experiment('diversity', 'the command', tiny_config, tmp_path, seeds=2)
+    flags = {'unique': '1,4', 'scales': '1e-4,1e-2'}
+    return runs.Experiment('diversity', 'the command', tiny_config, tmp_path, 2, flags)
 
 
 def test_an_experiment_goes_on_where_it_was(experiment, monkeypatch):
-    monkeypatch.setattr(diversity, 'UNIQUE', (1, 4))
     trained = []
     train = diversity.DiverseNetwork.train
 
@@ -97,3 +97,9 @@ def test_what_no_reduced_network_is_equal_to_is_refused(field, value, experiment
     experiment.config.update_from_flattened_dict({field: value})
     with pytest.raises(UsageError, match=field):
         diversity.run(experiment)
+
+
+@pytest.mark.parametrize('unique', ['', '0', '1,', '-1', '1.5', 'all'])
+def test_numbers_of_features_are_whole(unique):
+    with pytest.raises(UsageError, match=f'--unique={unique}: must be whole numbers'):
+        diversity.parse_unique(unique)

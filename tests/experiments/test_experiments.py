@@ -5,10 +5,11 @@ import json
 import pathlib
 
 import jax
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from experiments import arms, leakynet, lottery, runs, signal, streams, unique_features
+from experiments import arms, images, leakynet, lottery, runs, signal, streams, unique_features
 from zerojax import sweep
 from zerojax.host.errors import UsageError
 
@@ -83,6 +84,7 @@ def fake_run(arm: str, seed: int, **summary) -> runs.FinishedRun:
     lines = []
     for step in (0, 3):
         lines.append({'step': step, 'kind': 'eval', 'loss': 1.0, 'accuracy': 0.1 * (seed + step)})
+        lines.append({'step': step, 'kind': 'symmetry', 'asymmetry': 0.0})
         correlations = {f'{layer}/conv': 1.0 if step == 0 else 0.2 for layer in layers}
         lines.append(
             {
@@ -91,6 +93,7 @@ def fake_run(arm: str, seed: int, **summary) -> runs.FinishedRun:
                 'forward_correlation': correlations,
                 'backward_correlation': {layer: -c for layer, c in correlations.items()},
                 'unique_activations': dict.fromkeys(layers, 1 + step),
+                'effective_width': {layer: float(layer[-1]) for layer in layers},
             }
         )
     summary = {'eval_accuracy': 0.3, 'best_eval_accuracy': 0.4, 'asymmetry': 0.0} | summary
@@ -117,6 +120,38 @@ def test_every_experiment_ends_in_a_table_and_a_figure(module, experiment, monke
     assert len(rows) == len(trained) / 2
     assert all(row['last accuracy'] == '0.300 ± 0.000' for row in rows)
     assert (experiment.workdir / 'figure.png').exists()
+
+
+def test_images_have_the_seeds_of_the_contrast_and_one_for_the_rest(experiment, monkeypatch):
+    trained = []
+
+    def train_all(experiment, arms, only_seed=None):
+        for fields in arms.values():
+            assert isinstance(runs.changed(experiment.config, **fields), ConfigDict)
+        seeds = range(experiment.seeds) if only_seed is None else [only_seed]
+        trained.extend(fake_run(arm, seed) for arm in arms for seed in seeds)
+        return [run for run in trained if run.arm in arms]
+
+    monkeypatch.setattr(runs, 'train_all', train_all)
+    images.run(experiment)
+    with open(experiment.workdir / 'table.csv') as file:
+        rows = list(csv.DictReader(file))
+    assert {row['arm']: row['n'] for row in rows} == {
+        **dict.fromkeys(images.CONTRAST, '2'), **dict.fromkeys(images.others(), '1')
+    }  # fmt: skip
+    with open(experiment.workdir / 'curves.csv') as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * len(trained), 'one for each evaluation'
+    first, second = rows[:2]
+    assert (first['step'], second['step']) == ('0', '3')
+    assert float(first['forward']) == float(first['backward']) == 0, 'features are equal'
+    assert float(second['backward']) == pytest.approx(-np.log(0.2))
+    assert (experiment.workdir / 'figure.png').exists()
+
+
+def test_the_last_block_is_the_last_by_number():
+    widths = {'block3_10': 3.0, 'block3_9': 2.0, 'block2_11': 1.0, 'stem': 4.0}
+    assert arms.last_block({'effective_width': widths}) == 3.0
 
 
 @pytest.mark.slow

@@ -75,10 +75,10 @@ def test_each_kind_of_cpu_has_a_folder_of_its_own(monkeypatch):
     names = set()
     for flags in ('fpu sse avx2', 'fpu sse avx2 avx512f'):
         text = f'processor : 0\nmodel name : A\nflags : {flags}\ncpu MHz : 1\n\nprocessor : 1\n'
-        monkeypatch.setattr(pathlib.Path, 'read_text', lambda self, text=text: text)
+        monkeypatch.setattr(compilation_cache, 'cpuinfo', lambda text=text: text)
         names.add(default_folder())
         changed = text.replace('MHz : 1', 'MHz : 2')  # what changes on one machine
-        monkeypatch.setattr(pathlib.Path, 'read_text', lambda self, text=changed: text)
+        monkeypatch.setattr(compilation_cache, 'cpuinfo', lambda text=changed: text)
         names.add(default_folder())
     assert len(names) == 2
 

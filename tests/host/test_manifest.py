@@ -1,10 +1,12 @@
 import json
+import pathlib
 import re
 
 import jax
 import pytest
 
 from zerojax.host import manifest
+from zerojax.host.compilation_cache import cpu_name
 from zerojax.host.errors import UsageError
 
 
@@ -19,6 +21,20 @@ def test_the_manifest_keeps_every_start(tmp_path):
     assert {'jax', 'jaxlib', 'flax', 'zerojax'} <= found['versions'].keys()
     assert found['backend'] == 'cpu'
     assert found['device_count'] == 2
+
+
+@pytest.mark.parametrize('content', [b'model name\t: A\xc2\xae 1\n', b'model name\t: A\xae 1\n'])
+def test_a_cpu_is_the_same_in_any_locale(monkeypatch, content):
+    """Else a resumed run would say that it was started on another one."""
+    found = set()
+    for locale in ('ascii', 'latin-1', 'utf-8'):
+
+        def read_text(_, encoding=locale, errors='strict'):
+            return content.decode(encoding, errors)
+
+        monkeypatch.setattr(pathlib.Path, 'read_text', read_text)
+        found.add((manifest.cpuinfo(), cpu_name()))
+    assert len(found) == 1
 
 
 def test_a_damaged_manifest_is_refused(tmp_path):

@@ -2,6 +2,7 @@ import os
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from zerojax.measure import compiled
 from zerojax.measure.noise import noise_floor
@@ -107,3 +108,21 @@ def test_the_data_race_of_older_jaxlibs_does_not_go_unseen():
     executable = compiled.compile_afresh(reduce_of_broadcast, x, compiler_options=off)
     assert noise_floor(executable(x) for _ in range(100))[''].distinct == 1
     assert not compiled.operations_that_may_not_repeat(executable.as_text(), 'cpu')
+
+
+def test_operations_are_counted_before_anything_is_compiled():
+    x, y = jnp.ones((30, 50)), jnp.ones((50, 70))
+    count = 2 * 30 * 50 * 70
+    assert compiled.count_operations(lambda x, y: x @ y, x, y) == count
+    key = jax.random.key(0)  # what a train state holds too
+    found = compiled.count_operations(lambda key, x, y: (key, x @ y), key, x, y)
+    assert found == pytest.approx(count, rel=1e-3), 'XLA counts -1 for calls that it does not know'
+
+
+def test_without_a_cpu_operations_are_not_counted(monkeypatch):
+    def no_cpu(backend):
+        raise RuntimeError('Unknown backend cpu')
+
+    monkeypatch.setattr(jax, 'local_devices', no_cpu)
+    with pytest.raises(ValueError, match=r'JAX_PLATFORMS=.*leaves no CPU'):
+        compiled.count_operations(jnp.sin, jnp.ones(3))

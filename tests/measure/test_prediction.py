@@ -155,6 +155,30 @@ def test_noise_without_sums_acts_on_nothing_but_itself():
     assert left[0] == 1 and left[-1] < 0.95, 'the weight decay is in it'
 
 
+def test_covectors_that_are_not_finite_are_refused():
+    def step(state, batch):
+        root = jax.tree.map(jnp.sqrt, state[1][0])  # has no derivative at the start
+        return jax.tree.map(jnp.add, state[0], root), state[1]
+
+    _, (params, _) = network(quotient.shares(COUNTS, 2))
+    state = params, (jax.tree.map(jnp.zeros_like, params),)
+    with pytest.raises(ValueError, match='steps 1 to 3: what they do, backwards in time'):
+        prediction.sensitivities(step, state, [None] * 3, AXES)
+
+
+def test_a_stream_of_which_nothing_is_left_has_covectors_of_zero():
+    def step(state, batch):
+        return jax.tree.map(jnp.zeros_like, state[0]), state[1]
+
+    _, (params, _) = network(quotient.shares(COUNTS, 2))
+    covectors = prediction.sensitivities(step, (params, ()), [None], AXES)
+    assert not any(np.any(x) for x in jax.tree.leaves(covectors))
+    at = prediction.coordinates(noise(), AXES, covectors)
+    _, shares = prediction.arranged(at, 5)
+    expected = {name: prediction.expected_largest(n) for name, n in COUNTS.items()}
+    assert prediction.furthest(at, shares) == expected
+
+
 def test_coordinates_tell_what_each_feature_comes_to():
     drawn = noise()
     at = prediction.coordinates(drawn, AXES, sensitivities())
@@ -186,16 +210,68 @@ def test_the_first_and_the_furthest_features_are_shares_of_their_own():
         prediction.arranged(at, 3)
 
 
+def test_the_expected_largest_is_that_of_draws():
+    assert prediction.expected_largest(1) == 0
+    assert prediction.expected_largest(2) == pytest.approx(2 / np.sqrt(np.pi), rel=1e-6)
+    drawn = np.random.default_rng(0).normal(size=(20_000, 64))
+    largest = np.abs(drawn - drawn[:, :1]).max(1)
+    standard_error = largest.std() / np.sqrt(len(largest))
+    assert abs(prediction.expected_largest(64) - largest.mean()) < 4 * standard_error
+
+
+def shares_of_several(n):
+    """The first two features alone, the others in shares of four."""
+    return symmetry.Orbits({'a': np.array([0, 1, *np.repeat(np.arange(2, n, 4), 4)])}, {})
+
+
+def test_features_spread_as_shares_of_several_do_where_these_do_not_average():
+    """As at kinks: the spread of the shares is that of single features."""
+    n, rng = 402, np.random.default_rng(0)
+    shares = shares_of_several(n)
+    factor = {'a': prediction.expected_largest(n)}
+    scale = {'scale': jnp.full(102, 100.0)}  # what all is relative to
+    axes = {'bias': ('a',), 'scale': ('a',)}
+    spread = jax.jit(lambda x: prediction.spread({'bias': x} | scale, axes, shares, factor)['a'])
+    expected = [100 * spread(rng.normal(size=102)) for _ in range(300)]
+    measured = np.abs(rng.normal(size=(300, n)) - rng.normal(size=(300, 1))).max(1)
+    assert np.mean(expected) == pytest.approx(np.mean(measured), rel=0.03)
+
+
+def test_the_furthest_is_that_of_the_coordinates_or_what_is_expected():
+    rng, shares = np.random.default_rng(1), shares_of_several(402)
+    at = rng.normal(size=402)
+    at[2:] = np.sort(at[2:])  # neighbours together, so that their means are spread as they are
+    at[:2] = 0.0, 2.9
+    means = at[2:].reshape(100, 4).mean(1)
+    own = np.abs(at).max() / means.std(ddof=1)
+    assert own < prediction.expected_largest(402)
+    assert prediction.furthest({'a': at}, shares) == {'a': pytest.approx(own)}
+    at[1] = 30.0
+    expected = prediction.expected_largest(402)
+    assert prediction.furthest({'a': at}, shares) == {'a': expected}
+
+
+def test_streams_whose_features_are_all_there_have_no_further_ones():
+    at = {'a': np.arange(5.0)}
+    for first in (np.arange(5), np.array([0, 1, 2, 3, 3])):
+        assert prediction.furthest(at, symmetry.Orbits({'a': first}, {})) == {}
+    whole = symmetry.Orbits({'a': np.arange(5)}, {})
+    assert prediction.spread({'bias': jnp.arange(5.0)}, {'bias': ('a',)}, whole, {}) == {}
+
+
 def test_a_reduced_network_follows_the_large_one_from_noise_that_is_not_small():
     drawn, scale = in_order(), 1e-4
     _, orbits = prediction.arranged({k: np.zeros(n) for k, n in COUNTS.items()}, 8)
     whole = symmetry.Orbits({k: np.arange(n) for k, n in COUNTS.items()}, {})
+    at = prediction.coordinates(drawn, AXES, sensitivities())
     curves = []
     for shares in (whole, orbits):
         step, (params, rest) = network(shares)
         part = quotient.average(drawn, AXES, shares)
         params = jax.tree.map(lambda w, x: w + scale * x, params, part)
-        found = list(prediction.Follower(step, AXES).follow((params, rest), batches()))
+        follower = prediction.Follower(step, AXES, shares)
+        factors = prediction.furthest(at, shares)
+        found = list(follower.follow((params, rest), batches(), factors))
         curves.append({k: np.array([float(each[k]) for each in found]) for k in COUNTS})
     until = np.argmax(curves[0]['a'] > 0.3)
     assert until > 20, 'beyond what is linear'
@@ -209,5 +285,6 @@ def test_what_is_not_finite_is_said():
         return jax.tree.map(lambda x: x * batch, state[0]), state[1]
 
     _, (params, _) = network()
-    found = list(prediction.Follower(step, AXES).follow((params, ()), [1.0, np.inf]))
+    whole = symmetry.Orbits({k: np.arange(n) for k, n in COUNTS.items()}, {})
+    found = list(prediction.Follower(step, AXES, whole).follow((params, ()), [1.0, np.inf], {}))
     assert [bool(jnp.isfinite(each['a'])) for each in found] == [True, True, False]

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import pathlib
 import re
 import shutil
 
@@ -90,6 +91,29 @@ def test_a_run_leaves_what_the_contract_says(tiny_config, tmp_path, capsys):
     tiny_config.perturbation.scale = 1e-5
     with pytest.raises(UsageError, match=r'perturbation\.scale is 1e-06 there and 1e-05 here'):
         train(tiny_config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    'broken_streams,expected',
+    [
+        ({'stem': 0, 'block2_0': 0}, 'symmetry broken: at step 0 (stem, block2_0)'),
+        ({'a': 12, 'b': None, 'c': 3}, 'symmetry broken: at step 3 (c), at step 12 (a), never (b)'),
+        ({'a': None, 'b': None}, 'symmetry broken: never (a, b)'),
+        ({f'block{i}_0': i for i in range(100)}, 'symmetry broken: at step 0 (block0_0), at step'),
+    ],
+)
+def test_the_end_of_a_run_says_what_came_of_it(broken_streams, expected):
+    summary = {
+        'step': 700, 'eval_accuracy': 0.98061, 'best_eval_accuracy': 0.98333,
+        'asymmetry': 1.0784321, 'broken_streams': broken_streams,
+    }  # fmt: skip
+    first, *symmetry, last = recorder.outcome(summary, pathlib.Path('runs/x'), drawn=True)
+    assert first == 'held-out accuracy 0.9806 after step 700, best 0.9833; asymmetry 1.078'
+    assert ' '.join(symmetry).startswith(expected)
+    assert last == 'runs/x/summary.json, figures/run.png'
+    assert len(symmetry) <= 2
+    assert max(map(len, (first, *symmetry, last))) <= 100
+    assert recorder.outcome(summary, pathlib.Path('x'), drawn=False)[-1] == 'x/summary.json'
 
 
 def test_streams_break_when_their_gradient_is_taken_or_with_the_last_update():

@@ -5,8 +5,10 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from zerojax import models, step
 from zerojax.step import determinism
 
 
@@ -124,3 +126,35 @@ def test_a_vmapped_product_that_older_jaxlibs_get_wrong(mode):
 
     found = determinism.jit_in_mode(squared_lengths, mode)(rows)
     np.testing.assert_array_equal(found, n**2)
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """As far as modes go; nothing is compiled."""
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    monkeypatch.setattr(determinism, '_hardware_on_gpu', False)
+
+
+def test_what_a_gpu_chose_by_time_is_kept_out(on_a_gpu):
+    """XLA's autotuner looks up what it chose for the same operation in whatever mode, on disk
+    (JAX's compilation cache names it a folder) and in the process."""
+    model, tx = models.create('mlp', width=20), optax.sgd(0.1)
+    options = determinism.compiler_options('deterministic')
+    assert options['xla_gpu_per_fusion_autotune_cache_dir'] == ''
+    step.make_train_step(model, tx, determinism='deterministic')
+    step.make_train_step(model, tx, determinism='hardware')
+    refused = pytest.raises(ValueError, match='has GPU programs of mode')
+    with refused:
+        step.make_train_step(model, tx, determinism='deterministic')
+    with refused:
+        step.make_train_steps(lambda *_: None, determinism='deterministic', steps_per_call=1)
+    with refused:
+        determinism.check_supported('deterministic')
+    step.make_train_step(model, tx, determinism='hardware')
+
+
+def test_jaxlib_knows_the_options_of_each_backend():
+    for backend in ('cpu', 'gpu', 'tpu'):
+        for mode in determinism.MODES:
+            options = determinism.compiler_options(mode, backend)
+            assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2

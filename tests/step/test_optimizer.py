@@ -128,6 +128,21 @@ def test_radam_has_its_authors_epsilon_at_any_size_of_gradients(size, b1, b2):
             np.testing.assert_allclose(w['w'], expected, rtol=2e-5)
 
 
+def test_the_derivative_of_updates_that_are_not_adaptive_knows_nothing_of_the_second_moment():
+    """Forwards and backwards, where a gradient is 0 as well."""
+    b1, lr = 0.9, 0.1
+    tx = optimizer.radam(optax.constant_schedule(lr), b1, 0.999, 0.0)
+    w = jnp.zeros(2)
+    g = jnp.array([0.0, 0.5])
+
+    def update(g):
+        return tx.update(g, tx.init(w), w)[0]
+
+    expected = -lr * np.eye(2, dtype=np.float32)  # mu / (1 - b1) is g
+    np.testing.assert_allclose(jax.jacfwd(update)(g), expected, rtol=1e-5)
+    np.testing.assert_allclose(jax.jacrev(update)(g), expected, rtol=1e-5)
+
+
 def test_radam_of_bfloat16_weights_keeps_its_moments_in_float32():
     """In bfloat16, 0.999 v + 0.001 g² would be v."""
     tx = optimizer.radam(optax.constant_schedule(0.1), 0.9, 0.999, 0.0)

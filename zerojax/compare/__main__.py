@@ -8,15 +8,18 @@ more than two, RUN_A is compared with each other one. Nothing is written but FIL
 Exit status: 0 success; 1 a damaged checkpoint; 2 a mistake in flags or files.
 """
 
+import os
 import pathlib
 import sys
 
 from zerojax.compare.report import report
 from zerojax.compare.several import compare
+from zerojax.host import paths
 from zerojax.host.command import run_command
-from zerojax.host.errors import UsageError
+from zerojax.host.errors import RunError, UsageError
 from zerojax.host.records import write_json
 from zerojax.host.stop import exit_on_signals
+from zerojax.host.terminal import say
 from zerojax.run import cli
 
 
@@ -28,14 +31,22 @@ def parse(argv: list[str]) -> tuple[list[pathlib.Path], pathlib.Path | None]:
             written.
     """
     values = cli.text_flags(output=None)
-    workdirs = [pathlib.Path(each) for each in cli.parse(argv, values, positional=True)]
-    output = None if values.output is None else pathlib.Path(values.output)
+    given = cli.parse(argv, values, positional=True)
+    workdirs = [paths.meant(each, f'command line: workdir {each!r}') for each in given]
+    output = None
+    if values.output is not None:
+        output = paths.meant(values.output, f'--output={values.output}')
     if len(workdirs) < 2:
         raise UsageError(f'command line: {len(workdirs)} runs; name at least two workdirs')
-    if output is not None and (output.is_dir() or not output.parent.is_dir()):
-        raise UsageError(f'--output={output}: must be a file in a folder that exists')
+    if output is not None:
+        is_folder = f'{output} is a folder' if output.is_dir() else None
+        obstacle = is_folder or paths.why_no_folder(output.parent, must_exist=True)
+        if obstacle:
+            raise UsageError(
+                f'--output={output}: must be a file in a folder that exists, {obstacle}'
+            )
     for workdir in workdirs:
-        if [each.resolve() for each in workdirs].count(workdir.resolve()) > 1:
+        if [os.path.realpath(each) for each in workdirs].count(os.path.realpath(workdir)) > 1:
             raise UsageError(f'{workdir}: named twice; compare different runs')
     return workdirs, output
 
@@ -49,7 +60,8 @@ def run(argv: list[str]) -> None:
             write_json(output, found)
         except OSError as error:
             raise UsageError(f'--output={output}: cannot be written ({error.strerror})') from error
-    print(report(found))
+    if not say(report(found)) and output is None:
+        raise RunError('stdout cannot be written; name a file with --output=FILE.json')
 
 
 def main(argv: list[str]) -> int:

@@ -13,6 +13,7 @@ import scipy.special
 from ml_collections import ConfigDict
 
 from zerojax import config as config_lib
+from zerojax.host import paths
 from zerojax.host.checkpoint import Checkpoints, has_checkpoint
 from zerojax.host.errors import UsageError
 from zerojax.host.records import Record, read_metrics
@@ -62,8 +63,9 @@ def read_run(workdir: pathlib.Path) -> SavedRun:
         UsageError: it is no folder, has no checkpoint yet, or its files are damaged.
         RunError: its newest checkpoint is damaged.
     """
-    if not workdir.is_dir():
-        raise UsageError(f'{workdir}: not a folder; name the workdir of a run')
+    obstacle = paths.why_no_folder(workdir, must_exist=True)
+    if obstacle:
+        raise UsageError(f'{workdir}: not a folder, {obstacle}; name the workdir of a run')
     if not has_checkpoint(workdir):
         raise UsageError(f'{workdir}: holds no finished checkpoint; name the workdir of a run')
     config = config_lib.read(workdir / 'config.json')

@@ -17,6 +17,7 @@ from zerojax.compare.saved_runs import (
 )
 from zerojax.host.hashes import params_sha256
 from zerojax.host.records import Record
+from zerojax.run.checks import check_devices
 from zerojax.run.data import Dataset
 from zerojax.step.precision import numbers_of
 
@@ -25,9 +26,10 @@ def compare(workdirs: Sequence[pathlib.Path]) -> Record:
     """All that the command finds out, as a JSON object.
 
     Raises:
-        UsageError: a workdir holds no run, or runs of other data.
+        UsageError: a workdir holds no run, or runs of other data; or as `check_devices`.
         RunError: a checkpoint is damaged.
     """
+    check_devices()
     runs = [read_run(workdir) for workdir in workdirs]
     dataset = load_dataset(runs)
     dtypes = [run.config.param_dtype for run in runs]

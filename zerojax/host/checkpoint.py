@@ -128,6 +128,7 @@ class Checkpoints:
         )
         self._directory = directory
         self.moved: dict[int, pathlib.Path] = {}
+        self._saved: Any = None  # Orbax's answer to the last save
         try:
             self._checkpointer = open_all()
         except Exception as error:  # of one damaged checkpoint, none can be read
@@ -149,7 +150,16 @@ class Checkpoints:
 
     def __exit__(self, *_: object) -> None:
         with self._saving():
-            self._checkpointer.close()
+            try:
+                self._settle()
+            finally:
+                self._checkpointer.close()
+
+    def _settle(self) -> None:
+        """Waits for the last save, whose answer holds a thread and open files until it is heard."""
+        saved, self._saved = self._saved, None
+        if saved is not None:
+            saved.result()
 
     @property
     def latest_step(self) -> int | None:
@@ -177,7 +187,10 @@ class Checkpoints:
             ),
         }
         with self._saving():
-            self._checkpointer.save_async(step, copied, force=True, custom_metadata=metadata)
+            self._settle()
+            self._saved = self._checkpointer.save_async(
+                step, copied, force=True, custom_metadata=metadata
+            )
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:
@@ -311,4 +324,5 @@ class Checkpoints:
             RunError: one could not be saved.
         """
         with self._saving():
+            self._settle()
             self._checkpointer.wait()

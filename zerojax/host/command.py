@@ -1,11 +1,15 @@
-"""What all commands have in common: help, signals, exit status."""
+"""What all commands have in common: help, signals, streams, exit status."""
 
+import functools
 import logging as python_logging
+import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+from zerojax.host import terminal
 from zerojax.host.errors import RunError, UsageError
 from zerojax.host.stop import Stopped
 
@@ -24,17 +28,32 @@ def run_command(
         documentation: the docstring of the command's module.
         take_signals: of `zerojax.host.stop`, called before the command.
     """
-    if {'-h', '--help'} & set(argv[1:]):
-        print(documentation)
-        return 0
-    take_signals()
-    return exit_status(lambda: command(argv))
+    terminal.open_closed_streams()
+    # Figures are drawn without Matplotlib's backends; a name that it does not know keeps it from
+    # being imported.
+    os.environ.pop('MPLBACKEND', None)
+    try:
+        if {'-h', '--help'} & set(argv[1:]):
+            terminal.say(documentation or '')
+            return 0
+        take_signals()
+        return exit_status(lambda: command(argv))
+    finally:
+        terminal.let_broken_streams_go()
 
 
 def exit_status(command: Callable[[], object]) -> int:
     """Runs a command; prints what it raises as one line on stderr and returns the exit status."""
+    wrong_flags = _wrong_xla_flags(os.environ.get('XLA_FLAGS', ''))
+    if wrong_flags:
+        terminal.complain(f'error: XLA_FLAGS={os.environ["XLA_FLAGS"]}: {wrong_flags}')
+        return 2
     # Slow imports, so only once signals are taken care of.
-    import jax
+    try:
+        import jax
+    except ValueError as error:  # of an environment variable that holds no value of its option
+        terminal.complain(f'error: environment: {error}')
+        return 2
     from absl import logging
 
     from zerojax.host.compilation_cache import use_compilation_cache
@@ -47,32 +66,48 @@ def exit_status(command: Callable[[], object]) -> int:
         sys.unraisablehook = _WithoutLateOperations(sys.unraisablehook)
     logging.set_verbosity(logging.FATAL)
     python_logging.getLogger('asyncio').setLevel(python_logging.CRITICAL)
+    python_logging.getLogger('matplotlib').setLevel(python_logging.ERROR)  # fonts, its cache
     try:
-        command()
+        with jax.numpy_dtype_promotion('standard'):  # Flax and optax mix dtypes
+            command()
     except UsageError as error:
-        _print_error(str(error))
+        terminal.complain(f'error: {error}')
         return 2
     except RunError as error:
-        _print_error(str(error))
+        terminal.complain(f'error: {error}')
         return 1
     except OSError as error:
         where = f'{error.filename}: ' if error.filename else ''
-        _print_error(f'{where}{error.strerror or error}; mend that, and the same command goes on')
+        terminal.complain(
+            f'error: {where}{error.strerror or error}; mend that, and the same command goes on'
+        )
         return 1
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         reason = (str(error).splitlines() or ['MemoryError'])[0]
         out_of_memory = 'Out of memory' in reason or 'RESOURCE_EXHAUSTED' in reason
         if not (isinstance(error, MemoryError) or out_of_memory):
             raise
-        _print_error(
-            f'memory does not suffice ({reason}); try a smaller batch_size, model.width or '
+        terminal.complain(
+            f'error: memory does not suffice ({reason}); try a smaller batch_size, model.width or '
             'model.depth'
         )
         return 1
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
+        terminal.complain(str(stopped))
         return 128 + stopped.signal
     return 0
+
+
+@functools.cache
+def _wrong_xla_flags(flags: str) -> str | None:
+    """What XLA says of flags that it does not take; it ends the process in which it reads them."""
+    if not flags:
+        return None
+    code = 'from jaxlib import xla_client; xla_client.CompileOptions()'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, errors='replace')
+    if done.returncode == 0 or 'Traceback' in done.stderr:
+        return None
+    return done.stderr.partition('] ')[2].partition('\n')[0]
 
 
 class _WithoutLateOperations:
@@ -85,9 +120,3 @@ class _WithoutLateOperations:
         error = unraisable.exc_value
         if not (isinstance(error, RuntimeError) and str(error) == 'Event loop is closed'):
             self.otherwise(unraisable)
-
-
-def _print_error(message: str) -> None:
-    """Whatever it quotes, the message is one line that no terminal takes for a command."""
-    printable = ''.join(c if c.isprintable() else repr(c)[1:-1] for c in message)
-    print(f'error: {printable}', file=sys.stderr)

@@ -9,12 +9,12 @@ import hashlib
 import os
 import pathlib
 import platform
-import sys
 import tempfile
 
 import jax
 
-from zerojax.host.manifest import usable_cores
+from zerojax.host import terminal
+from zerojax.host.manifest import cpuinfo, usable_cores
 
 
 def use_compilation_cache() -> None:
@@ -31,10 +31,9 @@ def use_compilation_cache() -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except (OSError, RuntimeError) as error:  # RuntimeError: nobody knows where home is
-        print(
+        terminal.complain(
             f'note: programs are compiled anew, since there is no cache for them ({error}); '
-            'XDG_CACHE_HOME may name a folder that can be written to',
-            file=sys.stderr,
+            'XDG_CACHE_HOME may name a folder that can be written to'
         )
         return
     jax.config.update('jax_compilation_cache_dir', str(folder))
@@ -67,9 +66,6 @@ def default_folder() -> pathlib.Path:
 def cpu_name() -> str:
     """A name of kind and number of CPUs, the same on machines that may share compiled programs."""
     facts = [platform.processor(), str(usable_cores()), os.environ.get('NPROC', '')]
-    with contextlib.suppress(OSError):  # it is there on Linux
-        first = pathlib.Path('/proc/cpuinfo').read_text().split('\n\n')[0]
-        facts += [
-            x for x in first.splitlines() if x.startswith(('model name', 'flags', 'Features'))
-        ]
+    first = cpuinfo().split('\n\n')[0]
+    facts += [x for x in first.splitlines() if x.startswith(('model name', 'flags', 'Features'))]
     return f'{platform.machine()}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:12]}'

@@ -5,7 +5,6 @@ everything else. The folder of the run must be the same for all: a file system t
 """
 
 import os
-import sys
 import threading
 from typing import Any
 
@@ -13,6 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from zerojax.host import terminal
 from zerojax.host.errors import UsageError
 
 TIMEOUT = 300  # seconds in which all processes must have come
@@ -52,11 +52,10 @@ def start(where: str, timeout: int = TIMEOUT) -> None:
         }
 
     def too_late() -> None:
-        print(
+        terminal.complain(
             f'error: --distributed={where}: not all processes came within {timeout} s; start all '
-            'of them, with the same address, or give more time with --distributed_timeout=SECONDS',
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+            'of them, with the same address, or give more time with --distributed_timeout=SECONDS'
+        )
         os._exit(1)  # nothing was begun that could be lost
 
     watch = threading.Timer(timeout, too_late)

@@ -21,8 +21,8 @@ class EventFile:
         """A new file beside those of earlier starts, whose events beyond `step` are void."""
         folder.mkdir(parents=True, exist_ok=True)
         # TensorBoard reads in the order of names, so a new file comes last whatever the clock says.
-        times = [int(x.name.split('.')[3]) for x in folder.glob('events.out.tfevents.[0-9]*.*')]
-        now = max([time.time_ns(), *(each + 1 for each in times)])
+        times = [x.name.split('.')[3] for x in folder.glob('events.out.tfevents.*')]
+        now = max([time.time_ns(), *(int(each) + 1 for each in times if each.isdecimal())])
         name = f'events.out.tfevents.{now}.{platform.node()}.{os.getpid()}'
         self._writer = RecordWriter(str(folder / name))
         self._write(file_version='brain.Event:2')

@@ -4,9 +4,10 @@ import contextlib
 import io
 import pathlib
 import threading
+from collections.abc import Callable
 from typing import Any
 
-from zerojax.host import objectstore
+from zerojax.host import objectstore, terminal
 from zerojax.host.records import Record, replace_file
 
 
@@ -21,6 +22,21 @@ def import_in_background() -> None:
             import matplotlib.backends.backend_agg  # noqa: F401
 
     threading.Thread(target=import_it, name='import of Matplotlib').start()
+
+
+def try_to_draw(path: pathlib.Path, draw: Callable[[], object]) -> bool:
+    """Whether `draw` made the figure `path`; if not, a line on stderr says why, and no more.
+
+    A figure is the last and least that a command leaves: LaTeX or a font that is missing, a
+    matplotlibrc of the user's or a full disk takes nothing else with it.
+    """
+    try:
+        draw()
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [''])[0]
+        terminal.complain(f'note: {path} could not be drawn ({type(error).__name__}: {reason})')
+        return False
+    return True
 
 
 def draw_run(

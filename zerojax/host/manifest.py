@@ -82,13 +82,17 @@ def settings() -> Record:
     return found | {name: text for name, text in variables.items() if text}
 
 
+def cpuinfo() -> str:
+    """What Linux says of the CPUs, in any locale; elsewhere nothing."""
+    try:
+        return pathlib.Path('/proc/cpuinfo').read_text(encoding='utf-8', errors='replace')
+    except OSError:
+        return ''
+
+
 def _cpu() -> str:
     """Model of the CPU, as the system names it."""
-    try:
-        text = pathlib.Path('/proc/cpuinfo').read_text()
-    except OSError:  # no Linux
-        text = ''
-    found = re.search(r'^model name\s*: (.*)$', text, re.M)
+    found = re.search(r'^model name\s*: (.*)$', cpuinfo(), re.M)
     return found[1] if found else platform.processor() or platform.machine()
 
 

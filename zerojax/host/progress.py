@@ -1,13 +1,22 @@
 """What is shown while runs are trained."""
 
+import contextlib
 import sys
 import time
+import warnings
+from collections.abc import Iterator
 from typing import Self
 
 import tqdm
+import tqdm.asyncio
 
-from zerojax.host import distributed
+from zerojax.host import distributed, terminal
 
+with warnings.catch_warnings():
+    warnings.simplefilter('ignore', tqdm.TqdmWarning)  # a notebook without ipywidgets has no bar
+    from tqdm.auto import tqdm as Bar  # noqa: N812
+
+IN_NOTEBOOK = Bar is not tqdm.asyncio.tqdm_asyncio
 COLUMNS = 100  # of a line
 
 
@@ -16,25 +25,35 @@ def _text(value: float | str, form: str) -> str:
 
 
 class Progress:
-    """One progress bar for all runs on a terminal; a plain line for each evaluation elsewhere.
+    """One progress bar for all runs on a terminal or in a notebook; elsewhere lines alone.
 
-    Of several processes only the first shows anything.
+    Of several processes only the first shows anything. A bar that cannot be shown is left out.
     """
 
     def __init__(self, num_steps: int) -> None:
         """`num_steps` are those of all runs together."""
         self._num_steps = num_steps
         self._silent = not distributed.is_first()
-        self._bar = tqdm.tqdm(
-            total=num_steps, unit='step', disable=self._silent or not sys.stderr.isatty()
-        )
+        self._bar = Bar(disable=True)
+        if not self._silent and (IN_NOTEBOOK or terminal.is_terminal(sys.stderr)):
+            with self._showing():
+                self._bar = Bar(total=num_steps, unit='step')
         self._done = 0
         self.start_clock()
 
     def start_clock(self) -> None:
         """Measures speed and time left from here on, so that compilation does not count."""
         self._start_done, self._start = self._done, time.monotonic()
-        self._bar.unpause()
+        with self._showing():
+            self._bar.unpause()
+
+    @contextlib.contextmanager
+    def _showing(self) -> Iterator[None]:
+        """No fault of a terminal or a notebook ends what is shown there."""
+        try:
+            yield
+        except Exception:
+            self._bar.disable = True
 
     def skip(self, steps: int) -> None:
         """Counts steps that were done before, or never will be, and so tell nothing of speed."""
@@ -44,22 +63,25 @@ class Progress:
     def advance(self, steps: int) -> None:
         """Counts steps that were done now."""
         self._done += steps
-        self._bar.update(steps)
+        with self._showing():
+            self._bar.update(steps)
 
     def show(self, **values: float | str) -> None:
         """Shows the values beside the bar."""
-        self._bar.set_postfix(
-            {name: _text(value, '.3g') for name, value in values.items()}, refresh=False
-        )
+        with self._showing():
+            self._bar.set_postfix(
+                {name: _text(value, '.3g') for name, value in values.items()}, refresh=False
+            )
 
     def say(self, message: str) -> None:
         """Prints a line without disturbing the bar."""
         if self._silent:
             return
-        if self._bar.disable:
-            print(message, flush=True)
-        else:
-            self._bar.write(message)
+        with self._showing():
+            self._bar.clear()
+        terminal.say(message)
+        with self._showing():
+            self._bar.refresh()
 
     def evaluated(self, where: str, **values: float | str) -> None:
         """Shows an evaluation `where` it was made; time left and speed as far as they fit."""
@@ -75,4 +97,5 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.close()
+        with self._showing():
+            self._bar.close()

@@ -51,7 +51,7 @@ def read_json(path: pathlib.Path, fields: Sequence[str] = ()) -> Record:
 
 def write_csv(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
     """Writes rows of the same columns."""
-    with open(path, 'w', newline='') as file:
+    with open(path, 'w', newline='', encoding='utf-8') as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)

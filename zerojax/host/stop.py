@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 from types import FrameType
 from typing import Self
 
@@ -23,7 +24,11 @@ def exit_on_signals() -> None:
     callback, as of the garbage collector, Python ignores it, and the signal would be lost.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: os._exit(128 + number))
+        signal.signal(number, _exit_at_once)
+
+
+def _exit_at_once(number: int, _: FrameType | None) -> None:
+    os._exit(128 + number)
 
 
 def raise_on_signals() -> None:
@@ -40,19 +45,22 @@ def raise_on_signals() -> None:
 
 
 class StopRequest:
-    """While open, remembers the first SIGTERM or SIGINT; a second one ends the process at once.
+    """While open, remembers the first SIGTERM or SIGINT; a second one does what it did before.
 
-    `signal` is the number of the signal that came, None before. Main thread only.
+    `signal` is the number of the signal that came, None before. In a thread other than the main
+    one, where Python lets nobody take signals, it remembers none, nor one that is handled by a
+    program around Python: they do what they did.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
 
     def __enter__(self) -> Self:
-        self._previous = {
-            number: signal.signal(number, self._remember)
-            for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        self._previous = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                if signal.getsignal(number) is not None:
+                    self._previous[number] = signal.signal(number, self._remember)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -61,5 +69,7 @@ class StopRequest:
 
     def _remember(self, number: int, _: FrameType | None) -> None:
         self.signal = number
-        for each in self._previous:
-            signal.signal(each, signal.SIG_DFL)
+        for each, handler in self._previous.items():
+            # A handler of Python's waits until what is compiled or computed is done.
+            at_once = handler is _exit_at_once
+            signal.signal(each, signal.SIG_DFL if at_once else handler)

@@ -1,11 +1,11 @@
 """The folder of one run: made, locked, and never shared with a run of another config."""
 
-import fcntl
 import json
 import os
 import pathlib
-from typing import IO, Any, Self
+from typing import Any, Self
 
+import filelock
 from flax.traverse_util import flatten_dict
 
 from zerojax.host import objectstore
@@ -14,28 +14,30 @@ from zerojax.host.manifest import read_starts
 from zerojax.host.records import Record, write_json
 
 
-def lock(path: pathlib.Path) -> IO[str]:
-    """Makes the folder if need be; the open file to which its lock belongs.
+def lock(path: pathlib.Path) -> filelock.FileLock:
+    """Makes the folder if need be; its lock, which ends with the process however that ends.
+
+    A process that this one forks does not share it.
 
     Raises:
         UsageError: it cannot be written or is in use.
     """
+    file = path / '.lock'
+    # A lock that is not the operating system's own would outlive a process that is killed.
+    held = filelock.FileLock(file, blocking=False, thread_local=False, fallback_to_soft=False)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        file = open(path / '.lock', 'w')
+        held.acquire()
+    except filelock.Timeout:
+        reason = 'another process is training in it; wait for it or'
+        if not file.exists():  # where no file can be made, filelock waits for one to be
+            reason = 'cannot be written;'
+        raise UsageError(f'--workdir={path}: {reason} name another folder') from None
     except OSError as error:
         raise UsageError(
             f'--workdir={path}: cannot be written ({error.strerror}); name another folder'
         ) from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise UsageError(
-            f'--workdir={path}: another process is training in it; '
-            'wait for it or name another folder'
-        ) from None
-    return file
+    return held
 
 
 def _content(field: str, value: Any) -> Any:
@@ -51,8 +53,7 @@ def _content(field: str, value: Any) -> Any:
 class Workdir:
     """A folder that holds one run, locked while this object is open.
 
-    The lock belongs to the open file, so it ends with the process however that ends. On object
-    storage there is none; see `zerojax.host.objectstore.Mirror`.
+    On object storage there is no lock; see `zerojax.host.objectstore.Mirror`.
     """
 
     def __init__(self, path: pathlib.Path, config: Record) -> None:
@@ -81,7 +82,7 @@ class Workdir:
 
     def _unlock(self) -> None:
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release()
 
     def _version(self) -> str:
         """That by which the run was started, as far as its manifest tells."""

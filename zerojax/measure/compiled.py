@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from zerojax.step import determinism
@@ -29,6 +30,33 @@ def no_compilation_cache() -> Iterator[None]:
     finally:
         jax.config.update('jax_enable_compilation_cache', enabled)
         compilation_cache.reset_cache()
+
+
+def count_operations(function: Callable[..., Tree], *args: Any) -> float:
+    """Floating-point operations of a call, by XLA's count of what is handed to its compiler.
+
+    Counted for a CPU, since JAX's plugins for GPUs and TPUs do not count, and what they compile
+    calls libraries whose operations nobody counts.
+
+    Args:
+        function: pure, not jitted.
+        args: what it would be called with, on whatever device.
+
+    Raises:
+        ValueError: JAX has no CPU.
+    """
+    try:
+        cpu = jax.local_devices(backend='cpu')[0]
+    except RuntimeError as error:
+        platforms = jax.config.values.get('jax_platforms')
+        raise ValueError(
+            f'JAX_PLATFORMS={platforms}: leaves no CPU, for which operations are counted; '
+            f'must be {platforms},cpu'
+        ) from error
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), args)
+    with jax.default_device(cpu):
+        lowered = determinism.jit_in_mode(function, 'deterministic').lower(*shapes)
+    return float(lowered.cost_analysis()['flops'])
 
 
 def compile_afresh(

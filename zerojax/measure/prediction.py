@@ -15,13 +15,15 @@ grows fastest backwards in time. So, for the very noise of a run:
     `two_features`      the first and the one furthest from it, to be pushed along the symmetric run
                         by `stability.growth`: the linear prediction
     `Follower`          the reduced network, trained as it is: through the kinks of ReLUs, where the
-                        linear law fails
+                        linear law fails; `furthest` and `spread` tell of the features that
+                        are not alone
     `passive_deviations`, `persistence`   the rest, which is the larger part at first
 
 All work on any model whose train step can be had for any number of features, as a pure function
 (state, batch) -> state with a state (params, rest), see `zerojax.measure.stability`.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -30,6 +32,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
+from scipy.integrate import simpson
+from scipy.special import ndtr
 
 from zerojax import symmetry
 from zerojax.measure.stability import State, Step, floats_of, merged, others_of
@@ -60,7 +64,10 @@ def sensitivities(
 
     Returns:
         {stream: tree like the params, in NumPy arrays; with what belongs to the rest of the
-        state, of norm 1}.
+        state, of norm 1, or 0 where no weight of the stream decides anything}.
+
+    Raises:
+        ValueError: they are not finite.
     """
     forward = jit_in_mode(step, 'deterministic')
     states = [state]
@@ -76,6 +83,7 @@ def sensitivities(
         _, transposed = jax.vjp(advance, floats_of(state))
         (pulled,) = jax.vmap(transposed)(covectors)
         norms = jax.vmap(optax.tree.norm)(pulled)
+        norms = jnp.where(norms == 0, jnp.ones_like(norms), norms)
         return jax.tree.map(lambda x: x / jnp.expand_dims(norms, range(1, x.ndim)), pulled)
 
     streams = symmetry.stream_names(feature_axes)
@@ -92,6 +100,11 @@ def sensitivities(
     for state, batch in zip(reversed(states), reversed(batches), strict=True):
         covectors = pull(state, covectors, batch)
     found = jax.device_get(covectors[0])
+    if not all(np.isfinite(x).all() for x in jax.tree.leaves(found)):
+        raise ValueError(
+            f'steps 1 to {len(states)}: what they do, backwards in time, is not finite; are they '
+            'themselves, and have they a derivative there?'
+        )
     return {stream: jax.tree.map(lambda x, i=i: x[i], found) for i, stream in enumerate(streams)}
 
 
@@ -220,28 +233,100 @@ def persistence(
     }
 
 
+def expected_largest(n: int) -> float:
+    """Mean of the largest |z_i - z_1| of n independent standard normal numbers.
+
+    By E ∫ (1 - (Φ(z_1 + t) - Φ(z_1 - t))^(n - 1)) dt over t > 0, numerically, to 1e-6.
+    """
+    first = np.linspace(-8, 8, 801)
+    sizes = np.linspace(0, 16, 1601)
+    below = ndtr(first[:, None] + sizes) - ndtr(first[:, None] - sizes)
+    means = simpson(1 - below ** (n - 1), x=sizes, axis=1)
+    return float(np.trapezoid(means * np.exp(-(first**2) / 2), first) / math.sqrt(2 * math.pi))
+
+
+def furthest(coordinates: Streams, shares: symmetry.Orbits) -> dict[str, float]:
+    """How much further from the first the furthest feature is than shares of several are spread.
+
+    In standard deviations of these shares: by the coordinates, which is exact while the linear law
+    holds, but at most as expected of as many independent normal numbers (`expected_largest`).
+
+    Args:
+        coordinates: of the features, in the order of `arranged`.
+        shares: the orbits whose features they are; streams with fewer than two shares of several
+            features are left out.
+    """
+    found = {}
+    for name, at in coordinates.items():
+        _, of_share, sizes = np.unique(shares.first[name], return_inverse=True, return_counts=True)
+        means = np.bincount(of_share, at) / sizes
+        if (sizes > 1).sum() > 1:
+            deviation = means[sizes > 1].std(ddof=1)
+            own = float(np.abs(at - at[0]).max() / deviation) if deviation > 0 else math.inf
+            found[name] = min(own, expected_largest(len(at)))
+    return found
+
+
+def spread(
+    params: Tree, feature_axes: Tree, shares: symmetry.Orbits, factors: dict[str, Any]
+) -> dict[str, jax.Array]:
+    """The asymmetry [] of each stream whose features differ as its shares of several do.
+
+    While the linear law holds, those that will be furthest from the first are alone, see
+    `arranged`. At kinks features part by the signs of what reaches them, any of them may be
+    furthest, and the furthest of many is further than that of the few shares.
+
+    Args:
+        params: of the reduced network.
+        feature_axes: of it.
+        shares: the orbits whose features they are.
+        factors: of `furthest`; streams without one are left out.
+    """
+    scales = symmetry.largest_weights(params, feature_axes)
+    found: dict[str, jax.Array] = {}
+    for _, x, names in symmetry.named_axes(params, feature_axes):
+        for axis, name in names.items():
+            if name in factors:
+                _, sizes = np.unique(shares.first[name], return_counts=True)
+                several = jnp.take(x, np.flatnonzero(sizes > 1), axis)
+                size = factors[name] * jnp.max(jnp.std(several, axis, ddof=1)) / scales[name]
+                found[name] = jnp.maximum(found[name], size) if name in found else size
+    return found
+
+
 class Follower:
     """A reduced network's training, from one start or another.
 
     Args:
         step: the train step of the network whose features are the shares.
         feature_axes: of its params, the large network's.
+        shares: the orbits of the large network's features.
     """
 
-    def __init__(self, step: Step, feature_axes: Tree) -> None:
-        def measure(params: Tree) -> dict[str, jax.Array]:
+    def __init__(self, step: Step, feature_axes: Tree, shares: symmetry.Orbits) -> None:
+        def measure(params: Tree, factors: dict[str, jax.Array]) -> dict[str, jax.Array]:
             leaves = jax.tree.leaves(params)
             finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in leaves]))
             by_stream = symmetry.asymmetry_by_stream(params, feature_axes)
+            by_stream |= {
+                name: jnp.maximum(by_stream[name], size.astype(by_stream[name].dtype))
+                for name, size in spread(params, feature_axes, shares, factors).items()
+            }
             return {name: jnp.where(finite, x, jnp.nan) for name, x in by_stream.items()}
 
         self._step = jit_in_mode(step, 'deterministic')
         self._measure = jit_in_mode(measure, 'deterministic')
 
-    def follow(self, state: State, batches: Iterable[Any]) -> Iterator[dict[str, jax.Array]]:
+    def follow(
+        self, state: State, batches: Iterable[Any], factors: dict[str, float]
+    ) -> Iterator[dict[str, jax.Array]]:
         """Each stream's asymmetry [] before the first step and after each; NaN once a weight is not
-        finite."""
-        yield self._measure(state[0])
+        finite.
+
+        The largest of all shares, or by `spread` of the features that they stand for; `factors` are
+        those of `furthest`, or none.
+        """
+        yield self._measure(state[0], factors)
         for batch in batches:
             state = self._step(state, batch)
-            yield self._measure(state[0])
+            yield self._measure(state[0], factors)

@@ -22,6 +22,12 @@ from zerojax.step.precision import numbers_of
 
 Tree = Any
 
+# Options of JAX under which no run can be had.
+IN_THE_WAY = (
+    'jax_disable_jit', 'jax_no_tracing', 'jax_transfer_guard', 'jax_transfer_guard_host_to_device',
+    'jax_transfer_guard_device_to_device', 'jax_transfer_guard_device_to_host',
+)  # fmt: skip
+
 
 def resolve(config: ConfigDict, dataset: Dataset) -> ConfigDict:
     """A copy of the config with everything that depends on the data filled in.
@@ -81,8 +87,30 @@ def resolve(config: ConfigDict, dataset: Dataset) -> ConfigDict:
     return resolved
 
 
+def check_devices() -> None:
+    """Raises UsageError if JAX has no device, or is told not to compile or not to use it."""
+    names = ('jax_platforms', 'jax_platform_name')
+    asked = [f'{name.upper()}={x}' for name in names if (x := jax.config.values.get(name))]
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter, of a plugin that is missing
+        reason = str(error).partition('\n')[0] or 'JAX has no plugin for it'
+        raise UsageError(
+            f'{", ".join(asked) or "JAX_PLATFORMS"}: no such device ({reason}); install the extra '
+            f'gpu or tpu, or {"unset it" if asked else "set it to cpu"}'
+        ) from error
+    for name in IN_THE_WAY:
+        value = getattr(jax.config, name)
+        if value is True or 'disallow' in str(value):
+            raise UsageError(
+                f'{name.upper()}={value}: a run is compiled, and its data are brought to the '
+                'device; unset it'
+            )
+
+
 def check_backend(mode: str) -> None:
-    """Raises UsageError if the determinism mode cannot be granted here."""
+    """Raises UsageError as `check_devices`, or if the determinism mode cannot be granted here."""
+    check_devices()
     try:
         determinism.check_supported(mode)
     except ValueError as error:

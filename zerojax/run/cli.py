@@ -7,12 +7,13 @@ them; one without a config calls `parse`. `--NAME=VALUE` and `--NAME VALUE` are 
 import contextlib
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from zerojax import config as config_lib
-from zerojax.host import distributed, objectstore
+from zerojax.host import distributed, objectstore, paths
 from zerojax.host.compilation_cache import leave_compilation_cache
 from zerojax.host.errors import UsageError
 
@@ -51,8 +52,11 @@ def parse_flags(
     values = text_flags() if values is None else values
     flags.DEFINE_string('workdir', None, '', flag_values=values)
     fields_named(argv, 'config')
+    for kind, parser in _PARSERS.items():
+        config_flags.register_flag_parser_for_type(kind, _OrNone(parser))
     with _mistakes():  # a default file is run at once
         config_flags.DEFINE_config_file('config', config_file, flag_values=values, sys_argv=argv)
+    values['config'].parser = _ConfigFile(values['config'].parser)
     parse(argv, values)
     if not (values['config'].present or config_file):
         raise UsageError('--config: missing; to begin with, --config=configs/digits.py')
@@ -62,7 +66,7 @@ def parse_flags(
     config_lib.check(values.config)
     where = values.workdir or workdir.replace('NAME', name_of(source))
     if '://' not in where:
-        return values.config, pathlib.Path(where)
+        return values.config, paths.meant(where, f'--workdir={where}')
     if not stores:
         raise UsageError(
             f'--workdir={where}: must be a folder of a file system; only zerojax.main trains on '
@@ -82,7 +86,53 @@ def parse(argv: list[str], values: flags.FlagValues, *, positional: bool = False
         arguments = values(argv)[1:]
     if arguments and not positional:
         raise UsageError(f'command line: unexpected argument {arguments[0]!r}')
+    for name in values:
+        # As of a variable of the shell that is not set. A field may be empty.
+        if values[name].value == '' and values[name].present and '.' not in name:
+            raise UsageError(f'--{name}=: is empty; give it a value, or leave it out')
     return arguments
+
+
+class _OrNone(flags.ArgumentParser[Any]):
+    """Takes what another parser takes, or None; `config.check` says whether the field may be so."""
+
+    def __init__(self, parser: flags.ArgumentParser[Any]) -> None:
+        self._parser = parser
+        self.syntactic_help = parser.syntactic_help
+
+    def parse(self, argument: Any) -> Any:
+        return None if argument == 'None' else self._parser.parse(argument)
+
+    def flag_type(self) -> str:
+        return self._parser.flag_type()
+
+
+# Of ml_collections, for the types of the fields that may be None.
+_PARSERS: dict[type, flags.ArgumentParser[Any]] = {
+    int: flags.IntegerParser(),
+    float: flags.FloatParser(),
+    str: flags.ArgumentParser(),
+}
+
+
+class _ConfigFile(flags.ArgumentParser[Any]):
+    """Runs FILE.py[:VARIANT] as another parser does, where the user means it and if it is there."""
+
+    def __init__(self, parser: flags.ArgumentParser[Any]) -> None:
+        self._parser = parser
+
+    def parse(self, argument: str) -> Any:
+        where = f'--config={argument}'
+        name, colon, variant = argument.partition(':')
+        file = paths.meant(argument if '://' in argument else name, where)
+        try:
+            file.open().close()
+        except OSError as error:
+            raise UsageError(f'{where}: cannot be read ({error.strerror})') from error
+        return self._parser.parse(f'{file}{colon}{variant}')
+
+    def flag_type(self) -> str:
+        return self._parser.flag_type()
 
 
 @contextlib.contextmanager
@@ -91,6 +141,8 @@ def _mistakes() -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if isinstance(error.__context__, UsageError):
+            raise error.__context__ from None
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         raise UsageError(f'command line: {reason}') from error
 
@@ -139,6 +191,7 @@ def make_folder(workdir: pathlib.Path) -> None:
     Raises:
         UsageError: it cannot be written.
     """
+    paths.to_write(workdir, f'--workdir={workdir}')
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -18,7 +18,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from zerojax.config import DATASETS
+from zerojax.host import paths
 from zerojax.host.errors import UsageError
+from zerojax.host.objectstore import SCHEME
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +69,12 @@ def load(name: str, data_dir: str | None, train_split: str, eval_split: str) -> 
     if name == 'digits':
         return _load_digits(train_split, eval_split)
     if name in DATASETS:
+        if data_dir is not None and not data_dir.startswith(SCHEME):  # TFDS itself opens stores
+            folder = paths.meant(data_dir, 'dataset.data_dir')
+            obstacle = paths.why_no_folder(folder)
+            if obstacle:
+                raise UsageError(f'dataset.data_dir={data_dir!r}: is no folder, {obstacle}')
+            data_dir = str(folder)
         return _load_tfds(name, data_dir, train_split, eval_split)
     raise UsageError(f'dataset.name={name!r}: must be one of {", ".join(DATASETS)}')
 
@@ -214,8 +222,7 @@ def _prepare_tfds(builder: Any, data_dir: str | None) -> None:
     """Prepares a set from archives in the manual folder, or from the network."""
     import tensorflow_datasets as tfds
 
-    root = pathlib.Path(data_dir) if data_dir else pathlib.Path(tfds.core.constants.DATA_DIR)
-    root = root.expanduser()
+    root = pathlib.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
     manual_dir = root / 'downloads' / 'manual'
     archives = {url: pathlib.PurePosixPath(url).name for url in builder.url_infos}
     missing = {url: name for url, name in archives.items() if not (manual_dir / name).is_file()}

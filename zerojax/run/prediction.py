@@ -1,5 +1,6 @@
 """The onset of a run, predicted from its config by the small networks that stand for its own."""
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from zerojax import config as config_lib
 from zerojax import perturb, symmetry
 from zerojax.host.errors import UsageError
 from zerojax.measure import prediction, stability
+from zerojax.measure.compiled import count_operations
 from zerojax.run import checks
 from zerojax.run.building import Source, build_optimizer, keeps_last, scalars_of
 from zerojax.run.data import Dataset
@@ -27,6 +29,20 @@ from zerojax.symmetry.orbits import feature_counts
 
 Tree = Any
 Curves = dict[str, np.ndarray]  # of each stream: natural logarithm of its asymmetry, [N + 1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    """What a run adds to its initial weights, per unit of scale.
+
+    Attributes:
+        weights: in NumPy arrays, with the features of each stream in the order of
+            `prediction.arranged`.
+        furthest: of each stream, see `prediction.furthest`.
+    """
+
+    weights: Tree
+    furthest: dict[str, float]
 
 
 class Predictor:
@@ -82,7 +98,7 @@ class Predictor:
             self._start = self._reduced.state(
                 quotient.reduce(on_host, self._axes, self._shares), config.seed
             )
-            self._follower = prediction.Follower(self._reduced.step, self._axes)
+            self._follower = prediction.Follower(self._reduced.step, self._axes, self._shares)
             self._batches = self._sources()
             halves = quotient.shares(self.stream_sizes, 2)
             self._pair = Reduction(self._pair_program(), halves)
@@ -130,15 +146,16 @@ class Predictor:
             found.append(source)
         return found
 
-    def noise(self, seed: int) -> Tree:
-        """Per unit of scale, what a run with this seed of the perturbation adds to its weights.
-
-        In NumPy arrays, with the features of each stream in the order of `prediction.arranged`.
-        """
+    def noise(self, seed: int) -> Noise:
+        """What a run with this seed of the perturbation adds to its weights."""
         noise = self._draw_noise(seed)
         at = prediction.coordinates(noise, self._axes, self._sensitivities)
         order, _ = prediction.arranged(at, self._features)
-        return alignment.permute(noise, self._axes, order)
+        in_order = {name: of_stream[order[name]] for name, of_stream in at.items()}
+        return Noise(
+            alignment.permute(noise, self._axes, order),
+            prediction.furthest(in_order, self._shares),
+        )
 
     def _draw_noise(self, seed: int) -> Tree:
         with numbers_of(self.config.param_dtype):
@@ -161,7 +178,7 @@ class Predictor:
         return jit_in_mode(draw, 'deterministic')
 
     @functools.cached_property
-    def _own_noise(self) -> Tree:
+    def _own_noise(self) -> Noise:
         return self.noise(self.config.perturbation.seed)
 
     @functools.cached_property
@@ -173,7 +190,7 @@ class Predictor:
             lowered = linearised.lower(self._pair_start, self._batches[0], any_tangents)
             # Takes longest of all; beside it, what compiles and computes the covectors.
             compiling = pool.submit(lambda: [each.compile() for each in lowered])
-            tangents = self._tangents(self._own_noise)
+            tangents = self._tangents(self._own_noise.weights)
             compiling.result()
             return linearised.growth(self._pair_start, self._batches, tangents)
 
@@ -205,10 +222,10 @@ class Predictor:
             for name in self.stream_sizes
         }
 
-    def passive(self, noise: Tree) -> Curves:
+    def passive(self, noise: Noise) -> Curves:
         """Of what the noise has beside its active part, per unit of scale; -inf where it is 0."""
         curves = {}
-        for name, sizes in prediction.passive_deviations(noise, self._axes).items():
+        for name, sizes in prediction.passive_deviations(noise.weights, self._axes).items():
             left = [size * self._persistence[path] for path, size in sizes.items()]
             with np.errstate(divide='ignore'):
                 curves[name] = np.log(np.max([np.zeros(self.steps + 1), *left], axis=0))
@@ -221,14 +238,14 @@ class Predictor:
         return _larger(own, self.passive(self._own_noise), scale)
 
     def reduced(
-        self, noise: Tree, scale: float, advance: Callable[[int], object] = lambda _: None
+        self, noise: Noise, scale: float, advance: Callable[[int], object] = lambda _: None
     ) -> Curves:
         """The reduced prediction: the larger of the reduced network's and the passive part.
 
         NaN once a weight is not finite. `advance` is called with the number of steps that were
         done, after each.
         """
-        noise_of_shares = quotient.average(noise, self._axes, self._shares)
+        noise_of_shares = quotient.average(noise.weights, self._axes, self._shares)
         with numbers_of(self.config.param_dtype):
             params, rest = self._start
             params = jax.tree.map(
@@ -237,34 +254,43 @@ class Predictor:
                 noise_of_shares,
             )
             found = []
-            for measured in self._follower.follow((params, rest), self._batches):
+            followed = self._follower.follow((params, rest), self._batches, noise.furthest)
+            for measured in followed:
                 found.append(measured)
                 advance(1)
             found = jax.device_get(found)
         with np.errstate(divide='ignore'):
-            followed = {
+            curves = {
                 name: np.log([float(each[name]) for each in found]) for name in self.stream_sizes
             }
-        return _larger(followed, self.passive(noise), scale)
+        return _larger(curves, self.passive(noise), scale)
 
     def seconds_per_step(self) -> float:
         """What a step of the reduced network takes here, once it is compiled."""
         with numbers_of(self.config.param_dtype):
             for _ in range(2):
                 began = time.monotonic()
-                jax.block_until_ready(list(self._follower.follow(self._start, self._batches[:1])))
+                followed = self._follower.follow(
+                    self._start, self._batches[:1], self._own_noise.furthest
+                )
+                jax.block_until_ready(list(followed))
         return time.monotonic() - began
 
     def operations(self) -> dict[str, float]:
-        """Of a step, as XLA counts them: {'full': of the run's network, 'reduced'}."""
+        """Of a step, as `count_operations`: {'full': of the run's network, 'reduced'}.
+
+        Raises:
+            UsageError: JAX has no CPU to count them for.
+        """
+        batch = self._batches[0]
         with numbers_of(self.config.param_dtype):
-            full = jit_in_mode(self._program.one_step, 'deterministic')
-            reduced = jit_in_mode(self._reduced.step, 'deterministic')
-            lowered = {
-                'full': full.lower(self._state, self._batches[0]),
-                'reduced': reduced.lower(self._start, self._batches[0]),
-            }
-            return {name: each.cost_analysis()['flops'] for name, each in lowered.items()}
+            try:
+                return {
+                    'full': count_operations(self._program.one_step, self._state, batch),
+                    'reduced': count_operations(self._reduced.step, self._start, batch),
+                }
+            except ValueError as error:
+                raise UsageError(str(error)) from error
 
 
 def _larger(curves: Curves, passive: Curves, scale: float) -> Curves:
@@ -281,7 +307,7 @@ def largest(curves: Curves) -> np.ndarray:
 
 def growth_per_step(curve: np.ndarray) -> float | None:
     """Mean slope over the second half of the steps; None where there is no asymmetry."""
-    half = len(curve) // 2
+    half = min(len(curve) // 2, len(curve) - 2)  # of a single step, that one
     if not np.isfinite(curve[[half, -1]]).all():
         return None
     return float((curve[-1] - curve[half]) / (len(curve) - 1 - half))

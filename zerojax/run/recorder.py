@@ -2,6 +2,7 @@
 
 import contextlib
 import pathlib
+import textwrap
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,12 +12,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from zerojax import config as config_lib
-from zerojax.host import distributed, figures, manifest, records
+from zerojax.host import distributed, figures, manifest, paths, records
 from zerojax.host.checkpoint import Checkpoints
 from zerojax.host.errors import RunError, UsageError
 from zerojax.host.hashes import params_sha256
 from zerojax.host.metrics_log import MetricsLog, lines_sha256, read_until
-from zerojax.host.progress import Progress
+from zerojax.host.progress import COLUMNS, Progress
 from zerojax.host.records import Record
 from zerojax.run.building import build_schedule
 from zerojax.run.evaluate import as_record
@@ -45,6 +46,7 @@ class Recorder:
         self.seconds_before = 0.0  # in processes before this one
         self.error: RunError | None = None  # what it ended with before its time
         self.manifest: Record | None = None  # of the process that writes it
+        self.outcome: list[str] = []  # what is said of it at its end
         self._schedule = build_schedule(config, config.optimizer.learning_rate)
 
     def begin(self, step: int, facts: Record, stack: contextlib.ExitStack) -> None:
@@ -163,7 +165,11 @@ class Recorder:
         if distributed.is_first():
             records.write_json(self.workdir / 'summary.json', summary)
             figure = self.workdir / 'figures' / 'run.png'
-            figures.draw_run(self.metrics.lines, summary['broken_streams'], figure)
+            broken = summary['broken_streams']
+            drawn = figures.try_to_draw(
+                figure, lambda: figures.draw_run(self.metrics.lines, broken, figure)
+            )
+            self.outcome = outcome(summary, paths.shown(self.workdir), drawn)
         return summary
 
 
@@ -198,7 +204,8 @@ class Recorders:
         for run in self._runs:
             verb = 'RESUMING at' if run.checkpoints.latest_step is not None else 'starting at'
             num_steps = run.config.num_steps
-            self._progress.say(f'{verb} step {step} of {num_steps} in {run.workdir}')
+            where = paths.shown(run.workdir)
+            self._progress.say(f'{verb} step {step} of {num_steps} in {where}')
         for run in self._runs:
             run.begin(step, facts, stack)
 
@@ -265,6 +272,29 @@ class Recorders:
             run.error or run.finish(its_state, self._seconds())
             for run, its_state in zip(self._runs, self._program.split_state(state), strict=True)
         ]
+
+    def say_outcome(self) -> None:
+        """Says what came of each run that has finished."""
+        for run in self._runs:
+            for line in run.outcome:
+                self._progress.say(line)
+
+
+def outcome(summary: Record, workdir: pathlib.Path, drawn: bool) -> list[str]:
+    """A summary as lines of at most 100 columns, but for where it is."""
+    at_steps: dict[int | None, list[str]] = {}
+    for stream, at_step in summary['broken_streams'].items():
+        at_steps.setdefault(at_step, []).append(stream)
+    broken = ', '.join(
+        f'{"never" if at_step is None else f"at step {at_step}"} ({", ".join(streams)})'
+        for at_step, streams in sorted(at_steps.items(), key=lambda each: (each[0] is None, each))
+    )
+    return [
+        f'held-out accuracy {summary["eval_accuracy"]:.4f} after step {summary["step"]}, best '
+        f'{summary["best_eval_accuracy"]:.4f}; asymmetry {summary["asymmetry"]:.4g}',
+        *textwrap.wrap(f'symmetry broken: {broken}', COLUMNS, max_lines=2, placeholder=' ...'),
+        f'{workdir}/summary.json' + (', figures/run.png' if drawn else ''),
+    ]
 
 
 def summarize(state: TrainState, metrics: MetricsLog, seconds: float) -> Record:

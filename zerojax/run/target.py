@@ -78,14 +78,16 @@ def find(text: str) -> Target:
     )
 
 
-def has_libtpu() -> bool:
-    """Whether the compiler for TPUs is installed."""
-    return importlib.util.find_spec('libtpu') is not None
+COMPILERS = {  # packages that compile for a backend, any of which will do; the CPU's is jaxlib
+    'cpu': (),
+    'gpu': ('jax-cuda12-plugin', 'jax-cuda13-plugin'),
+    'tpu': ('libtpu',),
+}
 
 
-def has_cuda_plugin() -> bool:
-    """Whether JAX's compiler for NVIDIA's GPUs is installed."""
-    return any(importlib.util.find_spec(f'jax_cuda{n}_plugin') for n in (12, 13))
+def installed_compilers(backend: str) -> list[str]:
+    """Those of `COMPILERS` that are installed."""
+    return [name for name in COMPILERS[backend] if importlib.util.find_spec(name.replace('-', '_'))]
 
 
 def _tpu(text: str, kind: str, shape: str) -> Target:
@@ -95,7 +97,7 @@ def _tpu(text: str, kind: str, shape: str) -> Target:
         raise UsageError(
             f'--target={text}: slice {shape!r} must be one of {", ".join(SLICES[kind])}'
         )
-    if not has_libtpu():
+    if not installed_compilers('tpu'):
         raise UsageError(f"--target={text}: needs libtpu: pip install 'zerojax[tpu]'")
     options: dict[str, Any] = {}
     if math.prod(map(int, shape.split('x'))) == 1:
@@ -117,7 +119,7 @@ def _gpu(text: str, card: str, number: str = '1') -> Target:
             f'--target={text}: {number!r} must be a number of GPUs from 1 to {GPUS_OF_HOST}, or '
             f'HOSTSxNUMBER with at most {MAX_HOSTS} hosts'
         )
-    if not has_cuda_plugin():
+    if not installed_compilers('gpu'):
         raise UsageError(f"--target={text}: needs JAX's CUDA plugin: pip install 'zerojax[gpu]'")
     gpu = GPUS[card]
     shape = f'1x{hosts}x{each}'

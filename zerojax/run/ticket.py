@@ -1,12 +1,12 @@
 """Lottery tickets: what a run of `pruning.*` starts from."""
 
-import pathlib
 from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from zerojax.host import paths
 from zerojax.host.checkpoint import Checkpoints, has_checkpoint
 from zerojax.host.errors import UsageError
 from zerojax.step import TrainState, pruning
@@ -26,10 +26,11 @@ def load_ticket(config: ConfigDict, shapes: TrainState) -> Ticket | None:
     settings = config.pruning
     if not settings.source:
         return None
-    where = f'pruning.source={settings.source!r}'
-    source = pathlib.Path(settings.source)
-    if not ((source / 'summary.json').exists() and has_checkpoint(source)):
-        raise UsageError(f'{where}: holds no finished run')
+    source = paths.meant(settings.source, 'pruning.source')
+    where = f'pruning.source={str(paths.shown(source))!r}'
+    obstacle = paths.why_no_folder(source, must_exist=True)
+    if obstacle or not ((source / 'summary.json').exists() and has_checkpoint(source)):
+        raise UsageError(f'{where}: holds no finished run' + (f', {obstacle}' if obstacle else ''))
     with Checkpoints(source / 'checkpoints', read_only=True) as checkpoints:
         steps = checkpoints.steps
         if settings.rewind_step not in steps:

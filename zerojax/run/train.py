@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from zerojax import config as config_lib
-from zerojax.host import distributed, figures
+from zerojax.host import distributed, figures, objectstore, paths
 from zerojax.host.checkpoint import has_checkpoint
 from zerojax.host.errors import RunError
 from zerojax.host.progress import Progress
@@ -34,6 +34,10 @@ def train(
     progress: Progress | None = None,
 ) -> Record:
     """Trains `config` in `workdir`, or goes on with the run that is there.
+
+    In any thread, notebook or program: afterwards signal handlers, JAX's options and all else that
+    is the process's are as before. Threads take turns. In the main thread SIGTERM and SIGINT stop
+    the run meanwhile; in another one nothing does but the end of the process.
 
     Runs that follow one another may share `programs`, so that they are compiled once, and a
     `progress` of all their steps.
@@ -77,6 +81,10 @@ def train_runs(
         # What can be wrong is found out before anything is written.
         for config, _ in runs:
             config_lib.check(config)
+        runs = [
+            (config_lib.with_absolute_paths(config), absolute_workdir(workdir))
+            for config, workdir in runs
+        ]
         dataset = programs.dataset(runs[0][0])
         configs = [resolve(config, dataset) for config, _ in runs]
         workdirs = [workdir for _, workdir in runs]
@@ -95,6 +103,7 @@ def train_runs(
 
         # The state: new, or where the runs were left.
         claim(workdirs, configs, stack)
+        alone = progress is None
         if progress is None:
             progress = stack.enter_context(Progress(config.num_steps * len(runs)))
         facts = run_facts(program)
@@ -106,8 +115,21 @@ def train_runs(
 
         state = _loop(program, state, step, scalars, recorders, progress, stop)
         results = recorders.finish(state)
+        if alone:
+            recorders.say_outcome()
     distributed.wait_for_all()  # the first alone draws and closes its files
     return results
+
+
+def absolute_workdir(workdir: pathlib.Path) -> pathlib.Path:
+    """The folder of a run, absolute, if it can be one.
+
+    Raises:
+        UsageError: it cannot, see `paths.to_write`.
+    """
+    if objectstore.in_store(workdir):
+        return workdir
+    return paths.to_write(workdir, f'--workdir={workdir}')
 
 
 def _loop(

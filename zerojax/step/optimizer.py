@@ -85,8 +85,11 @@ def _scale_by_radam(b1: float, b2: float) -> optax.GradientTransformation:
             if first_rectified is None:
                 return plain.astype(g.dtype)
             size = jnp.sqrt(_one_minus_power(b2, t) * _rectification(b2, t))
-            adaptive = size * plain / (jnp.sqrt(v) + RADAM_EPSILON)
-            return jnp.where(count >= first_rectified, adaptive, plain).astype(g.dtype)
+            rectified = count >= first_rectified
+            # Without the 1, √ at v = 0 would make NaN of plain's derivative backwards.
+            root = jnp.sqrt(jnp.where(rectified, v, 1.0))
+            adaptive = size * plain / (root + RADAM_EPSILON)
+            return jnp.where(rectified, adaptive, plain).astype(g.dtype)
 
         return jax.tree.map(scaled, grads, mu, nu), optax.ScaleByAdamState(count, mu, nu)
 

@@ -1,0 +1,87 @@
+"""Draws figures of docs/ again, from the tables in docs/tables.
+
+    python -m experiments.drawings [--workdir=docs/figures]
+
+Those of runs that take a GPU: gpu_arms.png of gpu_arms_curves.csv, gpu_steps.png of gpu_steps.csv.
+"""
+
+import csv
+import pathlib
+import sys
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments import arms, runs
+from zerojax.host import paths
+from zerojax.host.command import run_command
+from zerojax.host.stop import exit_on_signals
+from zerojax.host.terminal import say
+from zerojax.run import cli
+
+TABLES = pathlib.Path(__file__).parents[1] / 'docs' / 'tables'
+STREAMS = ('stem', 'block1_0', 'block2_0', 'block3_0')
+
+
+def number(text: str) -> float | str:
+    """The text as a number if it is one; NaN if it is empty."""
+    try:
+        return float(text or 'nan')
+    except ValueError:
+        return text
+
+
+def read(name: str) -> list[dict[str, Any]]:
+    """The rows of a table."""
+    with open(TABLES / name, newline='') as file:
+        return [{key: number(x) for key, x in row.items()} for row in csv.DictReader(file)]
+
+
+def draw_steps(rows: list[dict[str, Any]]) -> Figure:
+    """Asymmetry of each stream after each step, a panel a run, predictions where there are some."""
+    names = list(dict.fromkeys(row['run'] for row in rows))
+    figure, panels = runs.new_figure(2, (len(names) + 1) // 2, width=16, height=8)
+    for axes in panels.flat[len(names) :]:
+        axes.set_visible(False)
+    for axes, name in zip(panels.flat, names, strict=False):
+        of_run = [row for row in rows if row['run'] == name]
+        steps = [row['step'] for row in of_run]
+        for color, stream in zip(runs.COLORS, STREAMS, strict=False):
+            for kind, style, width in (
+                ('', '-', 1.5),
+                ('reduced: ', ':', 2.5),
+                ('linear: ', '--', 1),
+            ):
+                curve = np.array([row[kind + stream] for row in of_run])
+                curve[(curve <= 0) | (curve > 1)] = np.nan
+                label = {'label': stream} if not kind else {}
+                axes.plot(steps, curve, style, color=color, lw=width, **label)
+        least = 1e-3 if 'injected' in name else 1e-12
+        axes.set(yscale='log', ylim=(least, 1), xlim=(0, 200), xlabel='step', ylabel='asymmetry')
+        axes.set_title(name.replace(' (', '\n('), fontsize=10)
+    figure.legend(
+        *panels.flat[0].get_legend_handles_labels(), loc='outside lower center', ncols=4,
+        frameon=False, title='line: the run; dots: reduced network; dashes: linear prediction',
+    )  # fmt: skip
+    return figure
+
+
+def run(argv: list[str]) -> None:
+    """The command; `argv` are the program's name and the flags."""
+    values = cli.text_flags(workdir='docs/figures')
+    cli.parse(argv, values)
+    workdir = paths.meant(values.workdir, f'--workdir={values.workdir}')
+    cli.make_folder(workdir)
+    drawn = {
+        'gpu_arms.png': arms.draw(read('gpu_arms_curves.csv')),
+        'gpu_steps.png': draw_steps(read('gpu_steps.csv')),
+    }
+    for name, figure in drawn.items():
+        figure.suptitle('ConstNet-16-10 on CIFAR-10 (JPEG-75 copy), one NVIDIA H200')
+        figure.savefig(workdir / name, dpi=110)
+        say(f'{workdir / name}')
+
+
+if __name__ == '__main__':
+    sys.exit(run_command(run, sys.argv, __doc__, exit_on_signals))
