@@ -8,7 +8,7 @@ found it, and with the sums of the gradients added in a random order, which emul
 where there is none; each as it is and projected onto the symmetric subspace after each step. Where
 the audit observes no noise (on CPUs), the injected noise is that of one rounding, 2^-24, and the
 table says so. 3 seeds, in ten minutes on two CPU cores. See `experiments.runs` for flags and
-restarts. On a GPU, where a process keeps to one mode, it ends early twice, with a line that says
+restarts. On a GPU, where a process keeps to one mode, it ends early once, with a line that says
 why, and the same command goes on.
 """
 
@@ -77,13 +77,14 @@ def arms(floor: float) -> dict[str, tuple[str, Perturbation, str]]:
     """Name of each arm: its mode, its perturbation, and the noise in each of its steps."""
     name, size = ('the floor', floor) if floor else ('one rounding', ROUNDING)
     found = {
+        'hardware': ('hardware', NONE, shown_size(floor)),
         'deterministic': ('deterministic', NONE, shown_size(0)),
         'emulated order of additions': ('deterministic', Perturbation('order'), 'of rounding'),
     }
     for label, scale in ((name, size), (f'1000 times {name}', 1000 * size)):
         injected = Perturbation('gradient', scale)
         found[f'injected, {label}'] = ('deterministic', injected, shown_size(scale))
-    return found | {'hardware': ('hardware', NONE, shown_size(floor))}
+    return found
 
 
 def run(experiment: runs.Experiment) -> None:
