@@ -5,7 +5,8 @@
 The first lines say what it will cost. DIR holds CIFAR-10 and Fashion-MNIST as TensorFlow Datasets
 has prepared them (see configs/cifar.py); without it they are where that puts them. Each experiment
 is a command of its own, with nothing beside it; the first that fails ends this, with status 1.
-Stopped and started again, it goes on where it was.
+Stopped and started again, it goes on where it was. On a GPU it must be started again some times: a
+process keeps to one mode of determinism there, as the lines say that it ends with.
 """
 
 import pathlib

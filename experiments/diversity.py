@@ -90,7 +90,7 @@ class DiverseNetwork:
 
 
 def parse_unique(text: str) -> list[int]:
-    """The numbers of features that --unique names.
+    """The numbers of features that --unique names, rising, each once.
 
     Raises:
         UsageError: they are none.
@@ -98,7 +98,7 @@ def parse_unique(text: str) -> list[int]:
     words = text.split(',')
     if not all(x.isascii() and x.isdigit() and len(x) < 10 and int(x) > 0 for x in words):
         raise UsageError(f'--unique={text}: must be whole numbers of at least 1, as 1,2,4')
-    return [int(x) for x in words]
+    return sorted({int(x) for x in words})
 
 
 def measure(
@@ -146,10 +146,16 @@ def draw(
 
 
 def run(experiment: runs.Experiment) -> None:
-    check_predictable(runs.changed(experiment.config, **{'perturbation.kind': 'gaussian'}))
-    laboratory = Laboratory(experiment.config, experiment.workdir / 'accuracies')
     unique = parse_unique(experiment.flags['unique'])
     scales = parse_scales(experiment.flags['scales'], experiment.config)
+    check_predictable(runs.changed(experiment.config, **{'perturbation.kind': 'gaussian'}))
+    laboratory = Laboratory(experiment.config, experiment.workdir / 'accuracies')
+    largest = max(feature_counts(laboratory.initial_state(0).params, laboratory.axes).values())
+    if unique[-1] > largest:
+        raise UsageError(
+            f'--unique={experiment.flags["unique"]}: must be at most {largest}, the number of '
+            'features of the largest stream'
+        )
     found = measure(experiment, laboratory, unique, scales)
     rows = [
         {

@@ -1,8 +1,9 @@
 """Draws figures of docs/ again, from the tables in docs/tables.
 
-    python -m experiments.drawings [--workdir=docs/figures]
+    python -m experiments.drawings [--workdir=DIR]
 
-Those of runs that take a GPU: gpu_arms.png of gpu_arms_curves.csv, gpu_steps.png of gpu_steps.csv.
+Those of runs that take a GPU: gpu_arms.png of gpu_arms_curves.csv, gpu_steps.png of gpu_steps.csv,
+and a table of how far predictions in the latter are off. DIR is docs/figures.
 """
 
 import csv
@@ -38,6 +39,26 @@ def read(name: str) -> list[dict[str, Any]]:
         return [{key: number(x) for key, x in row.items()} for row in csv.DictReader(file)]
 
 
+def prediction_errors(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """|Δ log10| of the asymmetry of each run and stream that has predictions, over its steps."""
+    found = []
+    for name in dict.fromkeys(row['run'] for row in rows):
+        of_run = [row for row in rows if row['run'] == name]
+        if np.isnan(of_run[0][f'reduced: {STREAMS[0]}']):
+            continue
+        for stream in STREAMS:
+            line = {'run': name, 'steps': len(of_run), 'stream': stream}
+            for method in ('reduced', 'linear'):
+                logs = np.log10([[row[f'{method}: {stream}'], row[stream]] for row in of_run])
+                off = np.abs(logs[:, 0] - logs[:, 1])
+                line |= {
+                    f'{method}, median': f'{np.median(off):.2f}',
+                    f'{method}, largest': f'{off.max():.2f}',
+                }
+            found.append(line)
+    return found
+
+
 def draw_steps(rows: list[dict[str, Any]]) -> Figure:
     """Asymmetry of each stream after each step, a panel a run, predictions where there are some."""
     names = list(dict.fromkeys(row['run'] for row in rows))
@@ -48,6 +69,7 @@ def draw_steps(rows: list[dict[str, Any]]) -> Figure:
         of_run = [row for row in rows if row['run'] == name]
         steps = [row['step'] for row in of_run]
         for color, stream in zip(runs.COLORS, STREAMS, strict=False):
+            # Of a prediction only what is an asymmetry: below 1.
             for kind, style, width in (
                 ('', '-', 1.5),
                 ('reduced: ', ':', 2.5),
@@ -69,18 +91,20 @@ def draw_steps(rows: list[dict[str, Any]]) -> Figure:
 
 def run(argv: list[str]) -> None:
     """The command; `argv` are the program's name and the flags."""
-    values = cli.text_flags(workdir='docs/figures')
+    values = cli.text_flags(workdir=str(TABLES.parent / 'figures'))
     cli.parse(argv, values)
     workdir = paths.meant(values.workdir, f'--workdir={values.workdir}')
     cli.make_folder(workdir)
+    steps = read('gpu_steps.csv')
     drawn = {
         'gpu_arms.png': arms.draw(read('gpu_arms_curves.csv')),
-        'gpu_steps.png': draw_steps(read('gpu_steps.csv')),
+        'gpu_steps.png': draw_steps(steps),
     }
     for name, figure in drawn.items():
         figure.suptitle('ConstNet-16-10 on CIFAR-10 (JPEG-75 copy), one NVIDIA H200')
         figure.savefig(workdir / name, dpi=110)
         say(f'{workdir / name}')
+    say(f'\n{runs.markdown(prediction_errors(steps))}')
 
 
 if __name__ == '__main__':

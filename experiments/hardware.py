@@ -8,8 +8,8 @@ found it, and with the sums of the gradients added in a random order, which emul
 where there is none; each as it is and projected onto the symmetric subspace after each step. Where
 the audit observes no noise (on CPUs), the injected noise is that of one rounding, 2^-24, and the
 table says so. 3 seeds, in ten minutes on two CPU cores. See `experiments.runs` for flags and
-restarts. On a GPU it ends once after the audit, with a line that says why; the same command goes
-on.
+restarts. On a GPU, where a process keeps to one mode, it ends early once, with a line that says
+why, and the same command goes on.
 """
 
 import sys
@@ -74,19 +74,17 @@ def draw(experiment: runs.Experiment, found: dict[str, list[Trajectory]]) -> Non
 
 
 def arms(floor: float) -> dict[str, tuple[str, Perturbation, str]]:
-    """Name of each arm: its mode, its perturbation, and the noise in each of its steps.
-
-    Mode 'hardware' is last: on a GPU no deterministic one can follow in the same process.
-    """
+    """Name of each arm: its mode, its perturbation, and the noise in each of its steps."""
     name, size = ('the floor', floor) if floor else ('one rounding', ROUNDING)
     found = {
+        'hardware': ('hardware', NONE, shown_size(floor)),
         'deterministic': ('deterministic', NONE, shown_size(0)),
         'emulated order of additions': ('deterministic', Perturbation('order'), 'of rounding'),
     }
     for label, scale in ((name, size), (f'1000 times {name}', 1000 * size)):
         injected = Perturbation('gradient', scale)
         found[f'injected, {label}'] = ('deterministic', injected, shown_size(scale))
-    return found | {'hardware': ('hardware', NONE, shown_size(floor))}
+    return found
 
 
 def run(experiment: runs.Experiment) -> None:

@@ -5,8 +5,8 @@
 
 The second is CIFAR-10 (configs/cifar.py:cpu) with one seed: an hour a run on two CPU cores, six
 hours in all. `--seeds` are those of the contrast (injected, none and the random control); the other
-arms have one; on accelerators 'hardware', the paper's own, is among them (on CPUs it is none). Both
-data sets must have been prepared, see the configs. See `experiments.runs` for flags and
+arms have one; on a GPU 'hardware', the paper's own, is among them (elsewhere it is none). Both data
+sets must have been prepared, see the configs. See `experiments.runs` for flags and
 restarts, `experiments.arms` for more arms.
 """
 
@@ -24,7 +24,7 @@ OTHERS = ('ConstNet, emulated order of additions', 'ConstNet, deterministic, dro
 def others() -> dict[str, dict[str, object]]:
     """Arms beside those of the contrast; name of each: the fields that make it."""
     injected = arms.arms()['ConstNet, injected 1e-6']
-    hardware = () if jax.default_backend() == 'cpu' else ('ConstNet, hardware',)
+    hardware = ('ConstNet, hardware',) if jax.default_backend() == 'gpu' else ()
     return {name: arms.arms()[name] for name in (*hardware, *OTHERS)} | {
         'ConstNet, last stream alone, injected 1e-6': {
             **injected,

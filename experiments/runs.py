@@ -15,6 +15,7 @@ import importlib.metadata
 import os
 import pathlib
 import platform
+import shlex
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -92,7 +93,7 @@ def main(
             raise UsageError(f'--seeds={number}: must be at most {MAX_SEEDS}')
         checks.check_devices()
         cli.make_folder(workdir)
-        command = ' '.join(['python -m', f'experiments.{name}', *argv[1:]])
+        command = shlex.join(['python', '-m', f'experiments.{name}', *argv[1:]])
         own = {each: getattr(values, each) for each in flags}
         run(Experiment(name, command, config, workdir, number, own))
 

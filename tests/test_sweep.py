@@ -15,6 +15,7 @@ from zerojax.host import stop
 from zerojax.host.checkpoint import Checkpoints
 from zerojax.host.errors import RunError, UsageError
 from zerojax.run import checks, program, recorder, train
+from zerojax.step import determinism
 
 
 def variants(config, root, **fields):
@@ -348,3 +349,19 @@ def test_a_call_is_timed(toy_config):
     config = checks.resolve(toy_config, programs.dataset(toy_config))
     assert all(0 < sweep.seconds_a_call(config, runs, programs) < 60 for runs in (1, 2))
     assert np.isfinite(config.optimizer.learning_rate)
+
+
+def test_on_a_gpu_runs_of_the_other_mode_are_left_to_another_process(
+    toy_config, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    monkeypatch.setattr(determinism, '_mode_on_gpu', None)
+    modes = ['hardware', 'deterministic', 'hardware']
+    jobs = variants(toy_config, tmp_path, **{'determinism.mode': modes, 'seed': [0, 0, 1]})
+    with pytest.raises(RunError, match='the same command must be given again'):
+        sweep.sweep(jobs)
+    assert [(workdir / 'summary.json').exists() for _, workdir in jobs] == [True, False, True]
+    monkeypatch.setattr(determinism, '_mode_on_gpu', None)
+    assert len(sweep.sweep(jobs)) == 3
+    with pytest.raises(UsageError, match=r"determinism.mode='hardware': this process has GPU"):
+        train.train(jobs[0][0], tmp_path / 'alone')

@@ -53,6 +53,7 @@ from zerojax.run.building import scalars_of, structure
 from zerojax.run.checks import check_devices, check_structure, resolve
 from zerojax.run.program import Programs
 from zerojax.run.train import absolute_workdir, claim, train, train_runs
+from zerojax.step import determinism
 from zerojax.step.precision import numbers_of
 
 Job = tuple[ConfigDict, pathlib.Path]  # a run: its config, and its folder
@@ -80,7 +81,8 @@ def sweep(
     Raises:
         UsageError: a config or a folder is wrong; nothing was trained, unless it depends on the
             weights that a run starts with.
-        RunError: runs failed; all others are finished.
+        RunError: runs failed, all others are finished; or, on a GPU, those of one mode of
+            determinism are, and the others need another process.
         Stopped: SIGTERM or SIGINT came; checkpoints were saved.
     """
     for config, workdir in jobs:
@@ -125,13 +127,14 @@ def sweep(
             'a program, so that each batch uses the devices of all processes'
         )
 
-    failed = {}
+    failed, left = {}, None
     with Progress(sum(resolved[i].num_steps for i in itertools.chain(*pending.values()))) as bar:
-        # 'deterministic' before 'hardware', after which a GPU's process cannot grant it.
-        kinds = sorted(
-            filter(None, pending.values()), key=lambda x: resolved[x[0]].determinism.mode
-        )
-        for numbers in kinds:
+        for numbers in filter(None, pending.values()):
+            try:
+                determinism.check_process(resolved[numbers[0]].determinism.mode)
+            except ValueError as error:
+                left = error
+                continue
             at_once = runs_at_once or fastest(resolved[numbers[0]], len(numbers), programs, bar)
             for batch in batches([jobs[i][1] for i in numbers], at_once):
                 chosen = [numbers[i] for i in batch]
@@ -145,6 +148,8 @@ def sweep(
     if failed:
         reasons = '; '.join(f'{workdir.name}: {error}' for workdir, error in failed.items())
         raise RunError(f'{len(failed)} of {len(jobs)} runs failed: {reasons}')
+    if left:
+        raise RunError(f'runs are left for which the same command must be given again: {left}')
     return [summaries[i] for i in range(len(jobs))]
 
 

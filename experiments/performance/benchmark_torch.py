@@ -52,7 +52,8 @@ def measure(
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     torch.backends.cudnn.benchmark = not deterministic
     torch.use_deterministic_algorithms(deterministic)
-    os.environ['CUBLAS_WORKSPACE_CONFIG'] = ':4096:8'  # without which cuBLAS may not repeat
+    if deterministic:  # read by cuBLAS when it is first called: in a process of its own
+        os.environ['CUBLAS_WORKSPACE_CONFIG'] = ':4096:8'
     tf32 = row.precision == 'tf32'
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     model = ConstNet(row.depth, row.width, row.channels).to(device)

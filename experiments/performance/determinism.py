@@ -6,24 +6,26 @@ ConstNet-16-10 on random 32x32 images; a row is a precision: TF32 (where the dev
 float32 and bfloat16 (mixed precision).
 
     images/s     of training in mode 'deterministic' and in mode 'hardware', augmentation included:
-                 median, in brackets smallest and largest of the repetitions, in which all programs
-                 take turns
+                 median, in brackets smallest and largest of the repetitions, in which all
+                 precisions take turns; each mode in a process of its own
     of peak      operations of the deterministic step a second (XLA's count of what is handed to its
                  compiler), as a share of a large matrix product in the same precision
     compiled in  seconds, in both modes, while the other precisions are compiled beside it
     PyTorch      images/s of the same network, eager, channels_last, without augmentation: with
                  cuDNN's fastest algorithms, and with deterministic ones; empty without PyTorch
 
-Ends in table.md and table.csv. Two minutes on a GPU of a data centre, hours on a CPU;
-docs/performance.md keeps the results.
+Ends in table.md and table.csv. Minutes on a GPU of a data centre, most of them to compile; hours on
+a CPU. docs/performance.md keeps the results.
 """
 
 import concurrent.futures
+import dataclasses
 import importlib.metadata
 import importlib.util
 import multiprocessing
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from experiments.performance.benchmark import (
@@ -46,82 +48,93 @@ from zerojax.host import paths
 from zerojax.host.command import run_command
 from zerojax.host.errors import RunError
 from zerojax.host.stop import raise_on_signals
+from zerojax.measure.compiled import no_compilation_cache
 from zerojax.run import cli
-from zerojax.step.determinism import MODES
 
 NETWORK = (16, 10, 32, 3)  # depth, width, size and channels of images
 
 
-def stepper_of(row: Row, mode: str) -> tuple[Stepper, float]:
-    """The mode's program, compiled, and the seconds that it took."""
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What was measured of a row in a mode.
+
+    Attributes:
+        seconds: of a step.
+        compiling: seconds that its program took.
+        flops: operations of a step.
+        peak: FLOP/s of a large matrix product.
+    """
+
+    seconds: MedianAndRange
+    compiling: float
+    flops: float
+    peak: float
+
+
+def compile_row(row: Row, mode: str) -> tuple[Stepper, float]:
+    """The row's program, and the seconds that it took."""
     began = time.perf_counter()
     config = build_config(row)
     config.determinism.mode = mode
     return Stepper(config, random_dataset(row)), time.perf_counter() - began
 
 
-def measure(rows: list[Row], repetitions: int) -> list[dict[str, Any]]:
-    """A line of the table for each row, without PyTorch."""
-    made: dict[tuple[Row, str], tuple[Stepper, float]] = {}
-    for mode in MODES:  # 'deterministic' first: a GPU's process does not grant it after the other
-        with concurrent.futures.ThreadPoolExecutor(len(rows)) as threads:
-            of_mode = list(threads.map(stepper_of, rows, [mode] * len(rows)))
-        made |= {(row, mode): each for row, each in zip(rows, of_mode, strict=True)}
-    calls = {f'{row.name} {mode}': stepper for (row, mode), (stepper, _) in made.items()}
+def measure(rows: list[Row], mode: str, repetitions: int) -> list[Found]:
+    """Of each row, in this process."""
+    with no_compilation_cache(), concurrent.futures.ThreadPoolExecutor(len(rows)) as threads:
+        compiled = list(threads.map(compile_row, rows, [mode] * len(rows)))
+    flops = [stepper.flops() for stepper, _ in compiled]
+    calls = {row.name: stepper for row, (stepper, _) in zip(rows, compiled, strict=True)}
     times = time_in_turns(calls, repetitions, SECONDS)
-    lines = []
-    for row in rows:
-        steppers, compilations = zip(*(made[row, mode] for mode in MODES), strict=True)
-        deterministic, hardware = (times[f'{row.name} {mode}'] for mode in MODES)
-        flops = steppers[0].flops() / deterministic['median']
-        peak = matrix_peak(row.precision, repetitions)
-        lines.append(
-            {
-                'precision': row.precision,
-                'deterministic, images/s': shown(rates(row.batch_size, deterministic)),
-                'hardware, images/s': shown(rates(row.batch_size, hardware)),
-                'deterministic, ms a step': f'{deterministic["median"] * 1e3:.4g}',
-                'deterministic over hardware, ms': (
-                    f'{deterministic["median"] / hardware["median"]:.3f}'
-                ),
-                'TFLOP/s': f'{flops / 1e12:.4g}',
-                'peak, TFLOP/s': f'{peak / 1e12:.4g}',
-                'of peak': f'{100 * flops / peak:.0f}%',
-                'compiled in, s': ', '.join(f'{x:.0f}' for x in compilations),
-            }
-        )
-    return lines
+    return [
+        Found(times[row.name], seconds, count, matrix_peak(row.precision, repetitions))
+        for row, (_, seconds), count in zip(rows, compiled, flops, strict=True)
+    ]
 
 
-def measure_torch(row: Row, repetitions: int, deterministic: bool) -> MedianAndRange:
+def measure_torch(rows: list[Row], deterministic: bool, repetitions: int) -> list[MedianAndRange]:
+    """Images/s of each row, in this process."""
     from experiments.performance import benchmark_torch
 
-    found = benchmark_torch.measure(row, repetitions, compiled=False, deterministic=deterministic)
-    return found['train']
+    return [
+        benchmark_torch.measure(row, repetitions, compiled=False, deterministic=deterministic)[
+            'train'
+        ]
+        for row in rows
+    ]
 
 
-def torch_columns(rows: list[Row], repetitions: int) -> list[dict[str, str]]:
-    """PyTorch's part of each line, measured in a process that is gone afterwards."""
-    if not importlib.util.find_spec('torch'):
-        return [{}] * len(rows)
-    columns = {'PyTorch fastest, images/s': False, 'PyTorch deterministic, images/s': True}
+def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
+    """What the function returns, called in a process that is gone afterwards, as is what it holds
+    of the device."""
     spawn = multiprocessing.get_context('spawn')
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as process:
-        return [
-            {
-                name: shown(process.submit(measure_torch, row, repetitions, how).result())
-                for name, how in columns.items()
-            }
-            for row in rows
-        ]
+        return process.submit(function, *args).result()
+
+
+def line(row: Row, deterministic: Found, hardware: Found) -> dict[str, Any]:
+    """Of the table, without PyTorch."""
+    flops = deterministic.flops / deterministic.seconds['median']
+    ratio = deterministic.seconds['median'] / hardware.seconds['median']
+    return {
+        'precision': row.precision,
+        'deterministic, images/s': shown(rates(row.batch_size, deterministic.seconds)),
+        'hardware, images/s': shown(rates(row.batch_size, hardware.seconds)),
+        'deterministic, ms a step': f'{deterministic.seconds["median"] * 1e3:.4g}',
+        'deterministic over hardware, ms': f'{ratio:.3f}',
+        'TFLOP/s': f'{flops / 1e12:.4g}',
+        'peak, TFLOP/s': f'{deterministic.peak / 1e12:.4g}',
+        'of peak': f'{100 * flops / deterministic.peak:.0f}%',
+        'compiled in, s': f'{deterministic.compiling:.0f}, {hardware.compiling:.0f}',
+    }
 
 
 def run(argv: list[str]) -> None:
     """The command; `argv` are the program's name and the flags."""
-    from experiments import runs
-
     values = cli.text_flags(workdir='runs/experiments/determinism', batch='128', repetitions='5')
     cli.parse(argv, values)
+    from experiments import runs  # Matplotlib, which no other process needs
+
     command = ' '.join(['python -m experiments.performance.determinism', *argv[1:]])
     workdir = paths.meant(values.workdir, f'--workdir={values.workdir}')
     repetitions = cli.count(values, 'repetitions', least=1)
@@ -131,11 +144,18 @@ def run(argv: list[str]) -> None:
         raise RunError('JAX finds no device it can use, see the line above')
     cli.make_folder(workdir)
     rows = [Row(*NETWORK, batch, each) for each in precisions(machine['backend'])]
-    beside = torch_columns(rows, repetitions)  # before this process takes the device
-    lines = [a | b for a, b in zip(measure(rows, repetitions), beside, strict=True)]
-    torch = importlib.util.find_spec('torch') and importlib.metadata.version('torch')
-    conditions = f'{machine["text"]}, torch {torch or "not installed"}.'
-    runs.save_table(workdir, command, conditions, lines)
+    by_mode = [
+        in_fresh_process(measure, rows, mode, repetitions) for mode in ('deterministic', 'hardware')
+    ]
+    lines = [line(row, *found) for row, *found in zip(rows, *by_mode, strict=True)]
+    torch = 'not installed'
+    if importlib.util.find_spec('torch'):
+        torch = importlib.metadata.version('torch')
+        for name, deterministic in {'fastest': False, 'deterministic': True}.items():
+            found = in_fresh_process(measure_torch, rows, deterministic, repetitions)
+            for each, rate in zip(lines, found, strict=True):
+                each[f'PyTorch {name}, images/s'] = shown(rate)
+    runs.save_table(workdir, command, f'{machine["text"]}, torch {torch}.', lines)
 
 
 def main(argv: list[str]) -> int:

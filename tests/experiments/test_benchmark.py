@@ -21,7 +21,6 @@ FOUND = {
     'flops a step': 4e9,
     'peak': 100e9,
     'memory': 5e6,
-    'deterministic over hardware': 1.0,
     'projected over plain': 1.25,
     'measurements in steps': 3.0,
 }
@@ -113,23 +112,27 @@ def test_a_row_is_measured(monkeypatch):
 
 
 def test_a_line_of_the_table(monkeypatch):
-    seconds = iter([30.0, 10.0, 0.0, 0.0, 0.0])
+    seconds = iter([30.0, 10.0, 0.0, 0.0, 0.0, 0.0])
     torch = {'torch': {'train': {'median': 90.0, 'least': 80.0, 'most': 95.0}}}
     torch['torch.compile'] = {'train': {'median': 100.0, 'least': 99.0, 'most': 101.0}}
 
     def in_process(kind, *_):
-        return torch.get(kind, True if kind == 'first step' else FOUND), next(seconds)
+        found = torch | {'first step': True, 'hardware': 64.0, 'jax': FOUND}
+        return found[kind], next(seconds)
 
     monkeypatch.setattr(benchmark, 'in_process', in_process)
     line = benchmark.measure_row(ROW, 5, with_torch=True)
     assert line['first step, cold (warm), s'] == '30.0 (10.0)'
     assert line['train images/s'] == '200 (150 to 250)'
     assert line['of peak'] == '50%', '4 GFLOP in 80 ms'
+    assert line['deterministic / hardware'] == '1.250', '80 ms over 64'
     assert line['over best PyTorch'] == '2.00'
 
 
 def test_without_pytorch_its_columns_are_empty(monkeypatch):
-    monkeypatch.setattr(benchmark, 'in_process', lambda *_: (FOUND, 1.0))
+    monkeypatch.setattr(
+        benchmark, 'in_process', lambda kind, *_: (64.0 if kind == 'hardware' else FOUND, 1.0)
+    )
     line = benchmark.measure_row(ROW, 5, with_torch=False)
     assert [value for name, value in line.items() if 'PyTorch' in name] == ['-', '-', '-']
 
@@ -149,7 +152,7 @@ def test_the_command(monkeypatch, tmp_path, capsys):
 
     def measured(kind, *_):
         if kind != 'machine':
-            return FOUND, 1.0
+            return 64.0 if kind == 'hardware' else FOUND, 1.0
         with contextlib.redirect_stdout(io.StringIO()) as printed:  # of the child, in this process
             assert benchmark.main(['benchmark', '--child=["machine", null, 1]']) == 0
         return json.loads(printed.getvalue()), 1.0

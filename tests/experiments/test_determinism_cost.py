@@ -5,32 +5,37 @@ import csv
 import jax
 import pytest
 
-from experiments.performance import determinism, measuring
+from experiments.performance import determinism
 
 
-def test_the_command(monkeypatch, tmp_path):
-    """On a network that is compiled in a short time; PyTorch is measured where it is installed."""
+@pytest.fixture
+def short(monkeypatch):
+    """A network that is compiled in a short time, in this process, and no PyTorch."""
     monkeypatch.setattr(determinism, 'NETWORK', (7, 1, 8, 1))
     monkeypatch.setattr(determinism, 'SECONDS', 0.0)
-    rate = {'median': 200.0, 'least': 150.0, 'most': 250.0}
-    monkeypatch.setattr(
-        determinism,
-        'torch_columns',
-        lambda rows, _: [{'PyTorch fastest, images/s': measuring.shown(rate)}] * len(rows),
-    )
     monkeypatch.setattr(determinism, 'matrix_peak', lambda precision, _: 1e13)
-    stepper_of = determinism.stepper_of
+    monkeypatch.setattr(determinism.importlib.util, 'find_spec', lambda _: None)
+    compile_row = determinism.compile_row
 
     def in_its_thread(*args):
         with jax.numpy_dtype_promotion('standard'):
-            return stepper_of(*args)
+            return compile_row(*args)
 
-    monkeypatch.setattr(determinism, 'stepper_of', in_its_thread)
-    with jax.numpy_dtype_promotion('standard'):
-        status = determinism.main(
-            ['determinism', f'--workdir={tmp_path}', '--batch=4', '--repetitions=1']
-        )
-    assert status == 0
+    monkeypatch.setattr(determinism, 'compile_row', in_its_thread)
+
+
+def test_the_command(short, monkeypatch, tmp_path):
+    processes = []
+
+    def here(function, *args):
+        processes.append(args)
+        with jax.numpy_dtype_promotion('standard'):
+            return function(*args)
+
+    monkeypatch.setattr(determinism, 'in_fresh_process', here)
+    argv = ['determinism', f'--workdir={tmp_path}', '--batch=4', '--repetitions=1']
+    assert determinism.main(argv) == 0
+    assert [mode for _, mode, _ in processes] == ['deterministic', 'hardware'], 'a process each'
     with open(tmp_path / 'table.csv') as file:
         rows = list(csv.DictReader(file))
     assert [row['precision'] for row in rows] == ['float32', 'bfloat16']
@@ -40,7 +45,10 @@ def test_the_command(monkeypatch, tmp_path):
         assert float(row['deterministic over hardware, ms']) == pytest.approx(
             hardware / deterministic, rel=1e-2
         )
-        assert float(row['deterministic, ms a step']) == pytest.approx(
-            1e3 * 4 / deterministic, rel=1e-2
-        )
-        assert row['PyTorch fastest, images/s'] == '200 (150 to 250)'
+        milliseconds = float(row['deterministic, ms a step'])
+        assert milliseconds == pytest.approx(1e3 * 4 / deterministic, rel=1e-2)
+        assert float(row['TFLOP/s']) > 0
+
+
+def test_a_process_of_its_own_returns_what_the_function_does():
+    assert determinism.in_fresh_process(divmod, 7, 2) == (3, 1)

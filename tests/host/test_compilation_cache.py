@@ -6,6 +6,7 @@ import sys
 
 import jax
 import pytest
+from jax._src import compiler
 
 from zerojax.host import compilation_cache
 from zerojax.host.compilation_cache import (
@@ -25,7 +26,10 @@ COMMAND = [
 @pytest.fixture
 def settings(monkeypatch, tmp_path):
     """JAX as it starts without any variable; the user's cache folder is `tmp_path`."""
-    names = ('jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs')
+    names = (
+        'jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs',
+        'jax_persistent_cache_enable_xla_caches',
+    )  # fmt: skip
     before = {name: getattr(jax.config, name) for name in names}
     enabled = jax.config.jax_enable_compilation_cache
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
@@ -41,8 +45,18 @@ def settings(monkeypatch, tmp_path):
 def test_the_cache_lies_in_the_users_folder_for_caches(settings, tmp_path):
     use_compilation_cache()
     assert jax.config.jax_compilation_cache_dir == str(default_folder())
-    assert default_folder().parent == tmp_path / 'zerojax'
+    assert default_folder().parent.parent == tmp_path / 'zerojax'
     assert jax.config.jax_persistent_cache_min_compile_time_secs == 0
+
+
+@pytest.mark.parametrize('named', [None, '/elsewhere'])
+def test_xla_keeps_no_choices_of_its_autotuner_beside_it(settings, named):
+    """JAX's cache does not tell apart what was compiled with them from what was not."""
+    jax.config.update('jax_compilation_cache_dir', named)
+    use_compilation_cache()
+    options = compiler.get_compile_options(1, 1)
+    debug_options = options.executable_build_options.debug_options
+    assert debug_options.xla_gpu_per_fusion_autotune_cache_dir == ''
 
 
 def test_several_processes_have_none_but_the_one_that_was_named(settings):
@@ -60,7 +74,7 @@ def test_without_the_variable_it_lies_in_home(monkeypatch, tmp_path, of_user):
     if of_user is not None:
         monkeypatch.setenv('XDG_CACHE_HOME', of_user)
     monkeypatch.setenv('HOME', str(tmp_path))
-    assert default_folder().parent == tmp_path / '.cache' / 'zerojax'
+    assert default_folder().parent.parent == tmp_path / '.cache' / 'zerojax'
 
 
 def test_each_number_of_cpus_has_a_folder_of_its_own(monkeypatch):

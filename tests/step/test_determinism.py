@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from zerojax import models, step
+from zerojax.measure import compiled
 from zerojax.step import determinism
 
 
@@ -34,6 +35,11 @@ def test_every_backend_has_its_options(mode, backend):
     options = determinism.compiler_options(mode, backend)
     assert ('xla_gpu_deterministic_ops' in options) == ((backend, mode) == ('gpu', 'deterministic'))
     assert all(isinstance(value, bool | int | str) for value in options.values())
+
+
+def test_a_deterministic_gpu_program_reads_no_folder_of_choices():
+    options = determinism.compiler_options('deterministic', 'gpu')
+    assert options['xla_gpu_per_fusion_autotune_cache_dir'] == ''
 
 
 def test_unknown_modes_and_backends_are_refused():
@@ -130,27 +136,37 @@ def test_a_vmapped_product_that_older_jaxlibs_get_wrong(mode):
 
 @pytest.fixture
 def on_a_gpu(monkeypatch):
-    """As far as modes go; nothing is compiled."""
+    """As far as modes go."""
     monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
-    monkeypatch.setattr(determinism, '_hardware_on_gpu', False)
+    monkeypatch.setattr(determinism, '_mode_on_gpu', None)
 
 
-def test_what_a_gpu_chose_by_time_is_kept_out(on_a_gpu):
-    """XLA's autotuner looks up what it chose for the same operation in whatever mode, on disk
-    (JAX's compilation cache names it a folder) and in the process."""
+@pytest.mark.parametrize('first,second', [determinism.MODES, determinism.MODES[::-1]])
+def test_a_process_on_a_gpu_has_programs_of_one_mode(on_a_gpu, first, second):
+    """XLA's autotuner takes what it chose for the same operation before, in whatever mode."""
     model, tx = models.create('mlp', width=20), optax.sgd(0.1)
-    options = determinism.compiler_options('deterministic')
-    assert options['xla_gpu_per_fusion_autotune_cache_dir'] == ''
-    step.make_train_step(model, tx, determinism='deterministic')
-    step.make_train_step(model, tx, determinism='hardware')
-    refused = pytest.raises(ValueError, match='has GPU programs of mode')
-    with refused:
-        step.make_train_step(model, tx, determinism='deterministic')
-    with refused:
-        step.make_train_steps(lambda *_: None, determinism='deterministic', steps_per_call=1)
-    with refused:
-        determinism.check_supported('deterministic')
-    step.make_train_step(model, tx, determinism='hardware')
+    step.make_train_step(model, tx, determinism=first)
+    for refused in (
+        lambda: step.make_train_step(model, tx, determinism=second),
+        lambda: step.make_train_steps(None, determinism=second, steps_per_call=1),
+        lambda: step.jit_in_mode(jnp.sin, second),
+        lambda: determinism.check_process(second),
+    ):
+        with pytest.raises(ValueError, match=f'has GPU programs of mode {first!r}'):
+            refused()
+    step.make_train_step(model, tx, determinism=first)
+    assert step.jit_without_products(lambda x: x + 1)(1) == 2
+
+
+def test_fresh_compilations_are_of_the_process_mode(on_a_gpu):
+    determinism.claim_process('hardware')
+    with pytest.raises(ValueError, match="has GPU programs of mode 'hardware'"):
+        compiled.compile_afresh(jnp.sin, 1.0)
+
+
+def test_other_backends_have_both_modes():
+    for mode in (*determinism.MODES, *determinism.MODES):
+        assert step.jit_in_mode(lambda x: x + 1, mode)(1) == 2
 
 
 def test_jaxlib_knows_the_options_of_each_backend():

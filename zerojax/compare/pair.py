@@ -38,18 +38,18 @@ FUNCTION_FIELDS = ('name', 'shortcut', 'negative_slope')
 
 
 @functools.cache
-def statistics_function(model: Network, mode: str) -> Any:
+def statistics_function(model: Network) -> Any:
     """Jitted (variables, images, mean, std) -> what `interpolation.batch_statistics` returns."""
     return determinism.jit_in_mode(
         lambda variables, images, mean, std: interpolation.batch_statistics(
             model, variables, normalize(images, mean, std)
         ),
-        mode,
+        'deterministic',
     )
 
 
 @functools.cache
-def grams_function(model: Network, mode: str) -> Any:
+def grams_function(model: Network) -> Any:
     """Jitted (variables, images, mean, std) -> the Gram matrix [B, B] of each layer's features."""
     layers = model.layers()
 
@@ -64,7 +64,7 @@ def grams_function(model: Network, mode: str) -> Any:
         outputs = flatten_dict(captured['intermediates'], sep='/')
         return {layer: similarity.gram(outputs[f'{layer}/__call__'][0]) for layer in layers}
 
-    return determinism.jit_in_mode(grams, mode)
+    return determinism.jit_in_mode(grams, 'deterministic')
 
 
 def compare_pair(
@@ -203,7 +203,7 @@ def loss_with_own_statistics(run: SavedRun, variables: Variables, dataset: data.
 
     They are means over batches of the run's size of the first training images, not augmented.
     """
-    statistics = statistics_function(network(run, dataset.num_classes), run.config.determinism.mode)
+    statistics = statistics_function(network(run, dataset.num_classes))
     images = dataset.train.images[:STATISTICS_EXAMPLES]
     size = min(run.config.batch_size, len(images))
     on_device = jax.device_put(variables)
@@ -228,7 +228,7 @@ def compare_features(a: SavedRun, b: SavedRun, dataset: data.Dataset) -> dict[st
     images = dataset.eval.images[:CKA_EXAMPLES]
     ours, theirs = (
         jax.device_get(
-            grams_function(network(run, dataset.num_classes), run.config.determinism.mode)(
+            grams_function(network(run, dataset.num_classes))(
                 run.variables, images, *data.normalization(run.config)
             )
         )

@@ -135,19 +135,19 @@ def network(run: SavedRun, num_classes: int) -> Network:
 
 
 @functools.cache
-def logits_function(model: Network, mode: str) -> Any:
+def logits_function(model: Network) -> Any:
     """Jitted (variables, images uint8 [B, H, W, C], mean [C], std [C]) -> logits [B, N]."""
     return determinism.jit_in_mode(
         lambda variables, images, mean, std: model.apply(
             variables, normalize(images, mean, std), train=False
         ),
-        mode,
+        'deterministic',  # whatever the runs' was: both networks are asked alike
     )
 
 
 def held_out_logits(run: SavedRun, variables: Variables, dataset: data.Dataset) -> np.ndarray:
     """Logits of the held-out set, float64 [N, C], that the run's network gives with `variables`."""
-    apply = logits_function(network(run, dataset.num_classes), run.config.determinism.mode)
+    apply = logits_function(network(run, dataset.num_classes))
     images = dataset.eval.images
     size = min(BATCH_SIZE, len(images))
     padded = np.pad(images, ((0, -len(images) % size), (0, 0), (0, 0), (0, 0)))

@@ -16,13 +16,19 @@ import jax
 from zerojax.host import terminal
 from zerojax.host.manifest import cpuinfo, usable_cores
 
+VERSION = 2  # before it, programs for GPUs may have what was chosen by time
+
 
 def use_compilation_cache() -> None:
     """Keeps and takes all compiled programs, unless JAX is told another place, or not to.
 
     `JAX_COMPILATION_CACHE_DIR` and `JAX_ENABLE_COMPILATION_CACHE=false` tell it. Without a folder
     that can be written to there is no cache; what is damaged is compiled anew, with JAX's warning.
+
+    In no case does XLA keep what its autotuner chose: a deterministic program would take what one
+    in mode 'hardware' chose by time, and JAX's cache would not tell it from one that did not.
     """
+    jax.config.update('jax_persistent_cache_enable_xla_caches', 'none')
     if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
         return
     try:
@@ -60,7 +66,7 @@ def default_folder() -> pathlib.Path:
     of_user = pathlib.Path(os.environ.get('XDG_CACHE_HOME', ''))
     if not of_user.is_absolute():  # as the XDG specification has it
         of_user = pathlib.Path.home() / '.cache'
-    return of_user / 'zerojax' / cpu_name()
+    return of_user / 'zerojax' / f'programs-{VERSION}' / cpu_name()
 
 
 def cpu_name() -> str:

@@ -48,14 +48,13 @@ def count_operations(function: Callable[..., Tree], *args: Any) -> float:
     try:
         cpu = jax.local_devices(backend='cpu')[0]
     except RuntimeError as error:
-        platforms = jax.config.values.get('jax_platforms')
         raise ValueError(
-            f'JAX_PLATFORMS={platforms}: leaves no CPU, for which operations are counted; '
-            f'must be {platforms},cpu'
+            f'JAX_PLATFORMS={jax.config.values.get("jax_platforms")}: leaves no CPU, for which '
+            'operations are counted; add cpu, as in cuda,cpu'
         ) from error
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), args)
     with jax.default_device(cpu):
-        lowered = determinism.jit_in_mode(function, 'deterministic').lower(*shapes)
+        lowered = determinism.jit_without_products(function).lower(*shapes)  # never compiled
     return float(lowered.cost_analysis()['flops'])
 
 
@@ -82,6 +81,7 @@ def compile_afresh(
         return function(*args)
 
     if compiler_options is None:
+        determinism.claim_process('deterministic')
         compiler_options = determinism.compiler_options('deterministic')
     with no_compilation_cache():
         return jax.jit(anew, compiler_options=compiler_options).lower(*args).compile()

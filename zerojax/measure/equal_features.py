@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from zerojax import perturb
 from zerojax.measure import metrics
 from zerojax.measure.noise import Spread, element_spread, feature_spread
-from zerojax.step.determinism import jit_in_mode
+from zerojax.step.determinism import jit_without_products
 from zerojax.symmetry import project
 from zerojax.symmetry.orbits import Orbits, Path, named_axes, output_axes
 
@@ -61,7 +61,7 @@ def symmetric_fill(
         filled[path] = noise.astype(values.dtype)
     fill = functools.partial(project, feature_axes=feature_axes, orbits=orbits)
     # Eagerly, each shape would be compiled.
-    return jit_in_mode(fill, 'deterministic')(unflatten_dict(filled))
+    return jit_without_products(fill)(unflatten_dict(filled))
 
 
 def broken_fill(params: Tree, feature_axes: Tree, stream: str, seed: int = 1) -> Tree:

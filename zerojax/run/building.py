@@ -17,7 +17,7 @@ from zerojax import symmetry
 from zerojax.host.errors import UsageError
 from zerojax.models import Network
 from zerojax.run.data import Split, normalization
-from zerojax.step import Batch, TrainState, batch, create_state, jit_in_mode, optimizer
+from zerojax.step import Batch, TrainState, batch, create_state, jit_without_products, optimizer
 
 # Fields that a compiled program takes as arguments. Not perturbation.at_step: where it differs
 # between batched runs, all of them would draw the noise at every step.
@@ -107,7 +107,7 @@ def build_orbits(model: Network, image_shape: Shape) -> symmetry.Orbits | None:
     def init(key: jax.Array) -> Any:
         return noiseless.init(key, jnp.zeros((1, *image_shape)), train=False)['params']
 
-    params = jit_in_mode(init, 'deterministic')(jax.random.key(0))
+    params = jit_without_products(init)(jax.random.key(0))
     return symmetry.find_orbits(params, model.feature_axes()['params'])
 
 

@@ -109,7 +109,17 @@ def check_devices() -> None:
 
 
 def check_backend(mode: str) -> None:
-    """Raises UsageError as `check_devices`, or if the determinism mode cannot be granted here."""
+    """Raises UsageError as `check_devices`, or if the mode of determinism cannot be granted here,
+    or not in this process."""
+    check_mode(mode)
+    try:
+        determinism.check_process(mode)
+    except ValueError as error:
+        raise UsageError(f'determinism.{error}') from error
+
+
+def check_mode(mode: str) -> None:
+    """Raises UsageError as `check_devices`, or if no process can grant the mode here."""
     check_devices()
     try:
         determinism.check_supported(mode)
@@ -123,7 +133,7 @@ def check_structure(config: ConfigDict, dataset: Dataset) -> None:
     Raises:
         UsageError: the mode cannot be granted, the network is too large, or as `check_layers`.
     """
-    check_backend(config.determinism.mode)
+    check_mode(config.determinism.mode)
     with numbers_of(config.param_dtype):
         model = config_lib.build_model(config, dataset.num_classes)
         new = functools.partial(new_state, config, model, dataset.image_shape)

@@ -22,7 +22,7 @@ from zerojax.run.building import Source, build_optimizer, keeps_last, scalars_of
 from zerojax.run.data import Dataset
 from zerojax.run.program import Program
 from zerojax.run.reduction import Reduction
-from zerojax.step import jit_in_mode
+from zerojax.step import jit_in_mode, jit_without_products
 from zerojax.step.precision import numbers_of
 from zerojax.symmetry import alignment, quotient
 from zerojax.symmetry.orbits import feature_counts
@@ -175,7 +175,7 @@ class Predictor:
             )
             return jax.tree.map(jnp.subtract, perturbed, params)
 
-        return jit_in_mode(draw, 'deterministic')
+        return jit_without_products(draw)
 
     @functools.cached_property
     def _own_noise(self) -> Noise:

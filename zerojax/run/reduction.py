@@ -10,7 +10,7 @@ from zerojax import symmetry
 from zerojax.measure.stability import State, Step, of_train_step, split
 from zerojax.run.building import Source, build_optimizer, scalars_of
 from zerojax.run.program import Program
-from zerojax.step import TrainState, create_state, jit_in_mode, train_step_function
+from zerojax.step import TrainState, create_state, jit_without_products, train_step_function
 from zerojax.symmetry import quotient
 
 Tree = Any
@@ -58,5 +58,5 @@ class Reduction:
                 )
             )
 
-        _, rest = jit_in_mode(new, 'deterministic')(seed)
+        _, rest = jit_without_products(new)(seed)
         return jax.tree.map(lambda x: jnp.asarray(x, dtype), params), rest

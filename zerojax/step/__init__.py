@@ -7,7 +7,7 @@ examples, augmentation), `optimizer`, `pruning`, `order` (of additions, a pertur
 `train_step`; what it must remember, into `TrainState`.
 """
 
-from zerojax.step.determinism import jit_in_mode
+from zerojax.step.determinism import jit_in_mode, jit_without_products
 from zerojax.step.eval_step import eval_step_function
 from zerojax.step.loss import accuracy, cross_entropy
 from zerojax.step.model import Model
@@ -22,6 +22,6 @@ from zerojax.step.train_step import (
 
 __all__ = [
     'KEY_PURPOSES', 'Batch', 'Metrics', 'Model', 'TrainState', 'accuracy', 'create_state',
-    'cross_entropy', 'eval_step_function', 'jit_in_mode', 'make_train_step', 'make_train_steps',
-    'train_step_function',
+    'cross_entropy', 'eval_step_function', 'jit_in_mode', 'jit_without_products',
+    'make_train_step', 'make_train_steps', 'train_step_function',
 ]  # fmt: skip

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from zerojax import perturb, symmetry
-from zerojax.step.determinism import check_process, jit_in_mode
+from zerojax.step.determinism import jit_in_mode
 from zerojax.step.loss import accuracy, cross_entropy
 from zerojax.step.model import Model
 from zerojax.step.order import reordered_sums
@@ -162,7 +162,6 @@ def make_train_step(
             called: `project` with a state that has a mask, since the projection would bring pruned
             weights back.
     """
-    check_process(determinism)
     train_step = train_step_function(
         model, tx, perturbation=perturbation, project=project, orbits=orbits, frozen=frozen
     )
@@ -187,8 +186,6 @@ def make_train_steps(
     Raises:
         ValueError: the mode cannot be granted on this backend or in this process.
     """
-    if backend is None:
-        check_process(determinism)
 
     def many_steps(state: TrainState, data: Tree, count: jax.Array) -> tuple[TrainState, Metrics]:
         shapes = jax.eval_shape(one_step, state, data)[1]
