@@ -9,7 +9,7 @@ from zerojax.measure.hlo import Array
 
 
 def module_of(function, *args):
-    return hlo.parse(jax.jit(function).lower(*args).compile().as_text())
+    return hlo.parse(jax.jit(function).lower(*args).compile().as_text(), 'cpu')
 
 
 def test_every_instruction_is_read_and_every_name_is_known():
@@ -18,7 +18,7 @@ def test_every_instruction_is_read_and_every_name_is_known():
         return jax.lax.cond(n > 3, lambda x: x.sum(0), lambda x: x.max(0), x)
 
     text = jax.jit(step).lower(jnp.ones((8, 8)), 3).compile().as_text()
-    module = hlo.parse(text)
+    module = hlo.parse(text, 'cpu')
     assert sum(1 for _ in module.instructions()) == text.count(' = ')
     for computation, instruction in module.instructions():
         assert computation.instructions.keys() >= set(instruction.operands)
@@ -49,7 +49,7 @@ ENTRY %main (p: f32[8,32]) -> f32[8,32] {
   ROOT %done = f32[8,32]{1,0:T(8,128)S(1)} copy-done(%start)
 }
 """
-    module = hlo.parse(text)
+    module = hlo.parse(text, 'tpu')
     assert module.partitions == 4
     entry = module.computations['main']
     assert entry.root == 'done'
@@ -59,6 +59,20 @@ ENTRY %main (p: f32[8,32]) -> f32[8,32] {
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    'backend,space,on_chip',
+    [('tpu', 1, True), ('tpu', 3, True), ('tpu', 5, False), ('gpu', 1, False), ('gpu', 5, False)],
+)
+def test_memory_by_number_is_the_chip_s_on_tpus_but_for_the_host_s(backend, space, on_chip):
+    text = f"""HloModule jit_step
+
+ENTRY %main (p: f32[8]) -> f32[8] {{
+  ROOT %p = f32[8]{{0:S({space})}} parameter(0)
+}}
+"""
+    assert hlo.parse(text, backend).computations['main'].arrays('p')[0].on_chip == on_chip
+
+
 def test_what_is_no_program_is_refused():
     with pytest.raises(ValueError, match='no ENTRY computation'):
-        hlo.parse('module @jit_step {}')
+        hlo.parse('module @jit_step {}', 'cpu')

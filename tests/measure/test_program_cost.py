@@ -1,11 +1,14 @@
 """Products, bytes and collectives of compiled programs are what their functions ask for."""
 
+import json
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
 
 from zerojax.measure import hlo, program_cost
 from zerojax.measure.accelerators import GPUS, TPUS, Accelerator
@@ -14,20 +17,20 @@ from zerojax.step.determinism import compiler_options
 
 def module_of(function, *args, **jit):
     options = compiler_options('deterministic')
-    return hlo.parse(
-        jax.jit(function, compiler_options=options, **jit).lower(*args).compile().as_text()
-    )
+    compiled = jax.jit(function, compiler_options=options, **jit).lower(*args).compile()
+    return hlo.parse(compiled.as_text(), 'cpu')
 
 
 def cost_of(function, *args, **jit):
     return program_cost.cost(module_of(function, *args, **jit))
 
 
-def module_with(*instructions, partitions=1):
+def module_with(*instructions, backend, partitions=1, computations=''):
     """A program of these lines, as XLA prints them on devices that the tests do not have."""
     lines = '\n'.join(f'  {line}' for line in instructions)
     header = f'HloModule jit_step, num_partitions={partitions}'
-    return hlo.parse(f'{header}\n\nENTRY %main () -> f32[] {{\n{lines}\n}}')
+    text = f'{header}\n\n{computations}ENTRY %main () -> f32[] {{\n{lines}\n}}'
+    return hlo.parse(text, backend)
 
 
 CONVOLUTIONS = {
@@ -104,6 +107,7 @@ def test_libraries_of_gpus_have_the_operations_of_what_they_compute():
         '"dot_dimension_numbers":{"lhs_contracting_dimensions":["0"],'
         '"rhs_contracting_dimensions":["0"]},"precision_config":{"operand_precision":'
         '["DEFAULT","DEFAULT"],"algorithm":"ALG_UNSET"}}}',
+        backend='gpu',
     )
     operations = 2 * int(forward.sum())
     assert program_cost.products(module) == [
@@ -148,36 +152,143 @@ def test_what_stays_on_the_chip_is_no_traffic():
         '%d = f32[1000]{0:T(1024)S(1)} copy-done(%s)',
         '%a = f32[1000]{0:T(1024)S(1)} add(%d, %d)',
         'ROOT %m = f32[1000]{0:T(1024)} multiply(%a, %d)',
+        backend='tpu',
     )
     assert program_cost.cost(module).bytes == 2 * 4000, 'read by the copy, written by the product'
 
 
-COLLECTIVES = {  # what it is, specification of its result, bytes sent of 128 on each of two devices
-    'all-reduce': (lambda x: lax.psum(x, 'data'), PartitionSpec(), 128),
-    'all-gather': (lambda x: lax.all_gather(x, 'data'), PartitionSpec(), 128),
-    'reduce-scatter': (
-        lambda x: lax.psum_scatter(x, 'data', tiled=True), PartitionSpec('data'), 64
+SLICE = (  # as libtpu 0.0.42.1 prints it
+    '%x = f32[3,3,128,256]{3,2,1,0:T(8,128)} parameter(0)',
+    '%slice-start = ((f32[3,3,128,256]{3,2,1,0:T(8,128)}), '
+    'f32[1,3,128,256]{3,2,1,0:T(8,128)MEMORY}, s32[]{:S(2)}) slice-start(%x), '
+    'slice={[0:1], [0:3], [0:128], [0:256]}',
+    'ROOT %slice-done = f32[1,3,128,256]{3,2,1,0:T(8,128)MEMORY} slice-done(%slice-start)',
+)
+
+
+@pytest.mark.parametrize('memory,transfers', [('S(3)', 1), ('', 2)])
+def test_a_slice_in_two_halves_is_its_part_read_and_written_once(memory, transfers):
+    lines = [line.replace('MEMORY', memory) for line in SLICE]
+    part = 4 * 3 * 128 * 256
+    assert program_cost.cost(module_with(*lines, backend='tpu')).bytes == transfers * part
+
+
+@pytest.mark.parametrize(
+    'begins,size',
+    [
+        ('((f32[64,8]{1,0}, s32[]{:T(128)}, s32[]{:T(128)}), f32[2,8]{1,0}, s32[]{:S(2)}) '
+         'dynamic-slice-start(%x, %i, %i), dynamic_slice_sizes={2,8}', 2 * 64),
+        ('((f32[64,8]{1,0}), f32[16,8]{1,0}, u32[]{:S(2)}) reduce-scatter-start(%x), '
+         'replica_groups=[1,4]<=[4], dimensions={0}', 2048 + 512),
+        ('(f32[64,8]{1,0}, f32[256,8]{1,0}) all-gather-start(%x), dimensions={0}', 2048 + 8192),
+        ('(f32[64,8]{1,0}, f32[64,8]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) '
+         'collective-permute-start(%x), source_target_pairs={{0,1}}', 2 * 2048),
+        ('f32[64,8]{1,0} all-reduce-start(%x), to_apply=%add', 2 * 2048),
+        ('(f32[64,8]{1,0}, f32[64,8]{1,0}, u32[]) copy-start(%x)', 2 * 2048),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize('backend', ['gpu', 'tpu'])
+def test_what_has_begun_is_counted_as_the_whole_and_its_end_as_nothing(begins, size, backend):
+    name = begins.split('-start(')[0].split(' ')[-1]
+    module = module_with(
+        '%x = f32[64,8]{1,0} parameter(0)',
+        '%i = s32[]{:T(128)} parameter(1)',
+        f'%start = {begins}',
+        f'%update = f32[64,8]{{1,0}} {name}-update(%start)',
+        f'ROOT %done = f32[64,8]{{1,0}} {name}-done(%update)',
+        backend=backend,
+        partitions=4,
+    )
+    assert program_cost.cost(module).bytes == size
+
+
+@pytest.mark.parametrize('target', ['__cublas$lt$matmul', '__cudnn$convForward'])
+def test_room_for_a_library_to_work_in_is_no_traffic(target):
+    attributes = f'custom_call_target="{target}", window={{size=1}}, dim_labels=b0f_0io->b0f'
+    results = {
+        '(f32[5,1,3]{2,1,0}, s8[4096]{0})': 60,
+        '(f32[5,1,3]{2,1,0}, u8[4096]{0})': 60,
+        's8[5,1,3]{2,1,0}': 15,
+    }
+    for result, size in results.items():
+        module = module_with(
+            '%l = f32[5,1,7]{2,1,0} parameter(0)',
+            '%r = f32[1,7,3]{2,1,0} parameter(1)',
+            f'ROOT %m = {result} custom-call(%l, %r), {attributes}',
+            backend='gpu',
+        )
+        assert program_cost.cost(module).bytes == 4 * (35 + 21) + size
+
+
+# Bytes that each of four devices sends of 128, and those if sums are made on the way.
+COLLECTIVES = {
+    'all-reduce': (192, 128),
+    'all-gather': (384, 384),
+    'reduce-scatter': (96, 96),
+    'all-to-all': (96, 96),
+    'collective-permute': (128, 128),
+}
+
+PROGRAMS = """
+import json
+import jax, numpy as np
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec as P
+
+def text_of(function, out_specs):
+    mesh = Mesh(np.array(jax.devices()), ('data',))
+    mapped = jax.shard_map(
+        function, mesh=mesh, in_specs=P('data'), out_specs=out_specs, check_vma=False
+    )
+    return jax.jit(mapped).lower(np.ones((32, 4), np.float32)).compile().as_text()
+
+print(json.dumps({
+    'all-reduce': text_of(lambda x: lax.psum(x, 'data'), P()),
+    'all-gather': text_of(lambda x: lax.all_gather(x, 'data'), P()),
+    'reduce-scatter': text_of(lambda x: lax.psum_scatter(x, 'data', tiled=True), P('data')),
+    'all-to-all': text_of(lambda x: lax.all_to_all(x, 'data', 0, 0, tiled=True), P('data')),
+    'collective-permute': text_of(
+        lambda x: lax.ppermute(x, 'data', [(i, (i + 1) % 4) for i in range(4)]), P('data')
     ),
-    'all-to-all': (
-        lambda x: lax.all_to_all(x, 'data', 0, 0, tiled=True), PartitionSpec('data'), 64
-    ),
-    'collective-permute': (
-        lambda x: lax.ppermute(x, 'data', [(0, 1), (1, 0)]), PartitionSpec('data'), 128
-    ),
-}  # fmt: skip
+}))
+"""
+
+
+@pytest.fixture(scope='module')
+def programs_of_four_devices():
+    """By kind, from a process that has four: of two, some of the numbers would be the same."""
+    done = subprocess.run(
+        [sys.executable, '-c', PROGRAMS], stdout=subprocess.PIPE, text=True, check=True,
+        env=os.environ | {
+            'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '--xla_force_host_platform_device_count=4',
+        },
+    )  # fmt: skip
+    return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize('kind', COLLECTIVES)
-def test_collectives_of_two_devices(kind):
-    function, out_specs, sent = COLLECTIVES[kind]
-    mesh = Mesh(np.array(jax.devices()), ('data',))
-    assert mesh.size == 2
-    mapped = jax.shard_map(
-        function, mesh=mesh, in_specs=PartitionSpec('data'), out_specs=out_specs, check_vma=False
-    )
-    module = module_of(mapped, jnp.ones((16, 4)))
+def test_collectives_of_four_devices(kind, programs_of_four_devices):
+    module = hlo.parse(programs_of_four_devices[kind], 'cpu')
     assert program_cost.collectives(module) == {kind: 1}
-    assert program_cost.cost(module).sent == (sent, sent)
+    assert program_cost.cost(module).sent == COLLECTIVES[kind]
+
+
+def test_a_collective_within_a_fusion_sends_as_much():
+    inner = """%fused (p: f32[32]) -> f32[32] {
+  %p = f32[32]{0} parameter(0)
+  ROOT %r = f32[32]{0} all-reduce(%p), replica_groups=[1,4]<=[4], to_apply=%add
+}
+
+"""
+    module = module_with(
+        '%x = f32[32]{0} parameter(0)',
+        'ROOT %f = f32[32]{0} fusion(%x), kind=kCustom, calls=%fused',
+        backend='tpu',
+        partitions=4,
+        computations=inner,
+    )
+    assert program_cost.collectives(module) == {'all-reduce': 1}
+    assert program_cost.cost(module).sent == (192, 128)
 
 
 @pytest.mark.parametrize(
@@ -195,6 +306,7 @@ def test_a_collective_that_has_begun_is_one_among_the_devices_of_its_group(group
         '%p = f32[100]{0} parameter(0)',
         f'%s = f32[100]{{0}} all-reduce-start(%p), replica_groups={groups}, to_apply=%add',
         'ROOT %d = f32[100]{0} all-reduce-done(%s)',
+        backend='gpu',
         partitions=16,
     )
     assert program_cost.collectives(module) == {'all-reduce': 1}

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 _BITS = {'pred': 8, 'token': 0, 'opaque': 0, 'bf16': 16, 'c64': 64, 'c128': 128}
 _ARRAY = re.compile(r'([a-z][a-z0-9]*)\[([\d,<=]*)\](\{[^}]*\})?')
+_SPACE = re.compile(r'S\((\d+)\)')  # of memory other than the device's main one
+_HOST = '5'
 _HEADER = re.compile(r'(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$')
 _INSTRUCTION = re.compile(r'  (ROOT )?%?([\w.\-]+) = ')
 _OPCODE = re.compile(r' ([a-z][a-z0-9\-]*)\(')
@@ -24,7 +26,7 @@ class Array:
     Attributes:
         dtype: 'f32', 'bf16', 'pred', ...
         dims: its shape.
-        on_chip: whether it is kept in memory of the chip's own, as TPUs' compiler decides.
+        on_chip: whether it is kept in memory of a TPU's chip, as the compiler decides.
     """
 
     dtype: str
@@ -106,8 +108,10 @@ class Module:
                 yield computation, instruction
 
 
-def parse(text: str) -> Module:
+def parse(text: str, backend: str) -> Module:
     """Reads the text of an optimised program.
+
+    `backend` is 'cpu', 'gpu' or 'tpu', whose memories have numbers of its own.
 
     Raises:
         ValueError: it has no entry computation.
@@ -124,7 +128,7 @@ def parse(text: str) -> Module:
             computations[name] = Computation(instructions, root)
             name = ''
         elif name and (start := _INSTRUCTION.match(line)):
-            instruction = _parse_instruction(start[2], line[start.end() :])
+            instruction = _parse_instruction(start[2], line[start.end() :], backend)
             instructions[instruction.name] = instruction
             root = instruction.name if start[1] else root
     if not entry:
@@ -133,7 +137,7 @@ def parse(text: str) -> Module:
     return Module(computations, entry, int(found[1]) if found else 1)
 
 
-def _parse_instruction(name: str, text: str) -> Instruction:
+def _parse_instruction(name: str, text: str, backend: str) -> Instruction:
     shape_ends = _closing(text, 0) if text.startswith('(') else text.index(' ')
     opcode = _OPCODE.match(text, shape_ends)
     if opcode is None:
@@ -143,7 +147,7 @@ def _parse_instruction(name: str, text: str) -> Instruction:
     return Instruction(
         name,
         opcode[1],
-        tuple(_arrays(text[:shape_ends])),
+        tuple(_arrays(text[:shape_ends], backend)),
         tuple(_NAME.findall(argument)),
         argument,
         text[ends:],
@@ -160,7 +164,9 @@ def _closing(text: str, start: int) -> int:
     raise ValueError(f'no instruction of XLA: {text[:100]}')
 
 
-def _arrays(text: str) -> Iterator[Array]:
+def _arrays(text: str, backend: str) -> Iterator[Array]:
     for dtype, dims, layout in _ARRAY.findall(text):
         sizes = tuple(int(x.lstrip('<=')) for x in dims.split(',') if x)
-        yield Array(dtype, sizes, 'S(' in layout)
+        space = _SPACE.search(layout)
+        on_chip = backend == 'tpu' and space is not None and space[1] != _HOST
+        yield Array(dtype, sizes, on_chip)

@@ -10,7 +10,7 @@ import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from zerojax.measure.accelerators import Accelerator
 from zerojax.measure.hlo import Array, Computation, Instruction, Module
@@ -26,12 +26,12 @@ _LABELS = re.compile(r'dim_labels=(\w+)_(\w+)->(\w+)')
 _PRECISION = re.compile(r'operand_precision(?:=\{|":\[)([\w",]*)')
 _CONTRACTED = re.compile(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d",]*)')
 
-# Names for what is there already, or for what its other half was counted for.
+# Names for what is there already.
 _FREE = frozenset((
     'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'partition-id',
-    'replica-id', 'opt-barrier', 'async-done', 'async-update', 'copy-done', 'send-done',
-    'recv-done', 'all-reduce-done', 'all-gather-done', 'collective-permute-done',
+    'replica-id', 'opt-barrier',
 ))  # fmt: skip
+_COUNTED = ('-update', '-done')  # where it began
 _PARTS = ('slice', 'dynamic-slice', 'gather')  # read no more of an array than they give
 
 
@@ -42,7 +42,8 @@ class Product:
     Attributes:
         dtype: of what is multiplied: 'f32', 'bf16', 'f64', ...
         precision: 'default', 'high' or 'highest'.
-        operations: two for each multiplication, without those by padding.
+        operations: two for each multiplication, without those by padding; zeros that the program
+            writes out before it multiplies count.
     """
 
     dtype: str
@@ -55,7 +56,7 @@ class Cost:
     """What a program asks of one device each time it runs.
 
     Attributes:
-        operations: in products, by (dtype, precision).
+        operations: in products, by (dtype, precision), see `Product`.
         read_and_written: sizes in bytes of all arrays that instructions read and write, but for
             those that the compiler keeps on the chip.
         sent: bytes of each collective that every device must send if sums are not made on the way,
@@ -109,20 +110,20 @@ def cost(module: Module) -> Cost:
 
 def products(module: Module) -> list[Product]:
     """All products in the program's text."""
-    found = (product(*each) for each in module.instructions())
+    found = (product(*each) for each in _instructions(module))
     return [each for each in found if each is not None]
 
 
 def custom_calls(module: Module) -> Counter[str]:
     """Calls of libraries and of the compiler's own, by target."""
-    targets = (target_of(each) for _, each in module.instructions())
+    targets = (target_of(each) for _, each in _instructions(module))
     return Counter(target for target in targets if target)
 
 
 def collectives(module: Module) -> Counter[str]:
     """Operations over several devices in the program's text, by kind."""
-    kinds = (_collective(each) for _, each in module.instructions())
-    return Counter(kind for kind in kinds if kind)
+    kinds = (each.opcode for _, each in _instructions(module))
+    return Counter(kind for kind in kinds if kind in COLLECTIVES)
 
 
 def target_of(instruction: Instruction) -> str:
@@ -199,12 +200,6 @@ def _taps(
     return sum(0 <= x <= last and x % lhs_dilate == 0 for x in positions)
 
 
-def _collective(instruction: Instruction) -> str:
-    """Its kind, '' for anything else; of those in two halves the first counts."""
-    kind = instruction.opcode.removesuffix('-start')
-    return kind if kind in COLLECTIVES else ''
-
-
 def _sum(costs: Iterable[Cost], times: int = 1) -> Cost:
     operations: Counter[tuple[str, str]] = Counter()
     read_and_written: Counter[int] = Counter()
@@ -222,7 +217,28 @@ def _cost_of(module: Module, name: str) -> Cost:
     return _sum(_cost_of_one(module, computation, x) for x in computation.instructions.values())
 
 
+def _instructions(module: Module) -> Iterator[tuple[Computation, Instruction]]:
+    """All there are, each once, those in two halves where they begin."""
+    for computation, instruction in module.instructions():
+        yield computation, _whole(computation, instruction)
+
+
+def _whole(computation: Computation, instruction: Instruction) -> Instruction:
+    """X in place of X-start, with the results of X alone; anything else as it is."""
+    opcode = instruction.opcode.removesuffix('-start')
+    if opcode in (instruction.opcode, 'async'):
+        return instruction
+    results = instruction.results
+    if opcode == 'copy':  # gives the copy, what was copied, and a context
+        results = results[:1]
+    elif opcode != 'all-reduce':  # others give what they were given, what X gives, and contexts
+        given = sum(len(computation.arrays(name)) for name in instruction.operands)
+        results = tuple(x for x in results[given:] if x.dims or x.dtype not in ('s32', 'u32'))
+    return dataclasses.replace(instruction, opcode=opcode, results=results)
+
+
 def _cost_of_one(module: Module, computation: Computation, instruction: Instruction) -> Cost:
+    instruction = _whole(computation, instruction)
     opcode = instruction.opcode
     if opcode == 'while':
         (body,) = instruction.called()
@@ -234,7 +250,7 @@ def _cost_of_one(module: Module, computation: Computation, instruction: Instruct
     sizes = Counter(_traffic(module, computation, instruction))
     if opcode == 'fusion':
         inner = _sum(_cost_of(module, x) for x in instruction.called())
-        return Cost(inner.operations, sizes)
+        return Cost(inner.operations, sizes, inner.sent)
     found = product(computation, instruction)
     operations = Counter({(found.dtype, found.precision): found.operations} if found else {})
     return Cost(operations, sizes, _sent(module, computation, instruction))
@@ -242,9 +258,12 @@ def _cost_of_one(module: Module, computation: Computation, instruction: Instruct
 
 def _traffic(module: Module, computation: Computation, instruction: Instruction) -> list[int]:
     """Bytes that an instruction reads of each operand, and writes of each result."""
-    opcode, results = instruction.opcode, instruction.results
-    if opcode in _FREE or target_of(instruction) in ('AllocateBuffer', 'Sharding'):
+    opcode, results, target = instruction.opcode, instruction.results, target_of(instruction)
+    if opcode in _FREE or opcode.endswith(_COUNTED) or target in ('AllocateBuffer', 'Sharding'):
         return []
+    of_library = target.startswith(('__cublas$', '__cudnn$'))
+    if of_library and len(results) > 1 and results[-1].dtype in ('s8', 'u8'):
+        results = results[:-1]  # the last is room to work in
     operands = [computation.arrays(name) for name in instruction.operands]
     if opcode == 'fusion':
         inner = module.computations[instruction.called()[0]]
@@ -256,10 +275,6 @@ def _traffic(module: Module, computation: Computation, instruction: Instruction)
         return _main_memory(results) + ([] if _on_chip(operands[0]) else [_bytes(results)])
     if opcode == 'dynamic-update-slice':
         return _main_memory(operands[1]) + ([] if _on_chip(results) else [_bytes(operands[1])])
-    if opcode == 'copy-start':  # gives the copy, what was copied, and a context
-        results = results[:1]
-    if opcode.endswith('-start'):  # some give their operands as well
-        results = results[-len(operands) :]
     return [size for each in (*operands, results) for size in _main_memory(each)]
 
 
@@ -317,10 +332,10 @@ def _sent(
     module: Module, computation: Computation, instruction: Instruction
 ) -> tuple[float, float]:
     """Bytes that each device must send for a collective; and if sums are made on the way."""
-    kind = _collective(instruction)
-    n = _group_size(instruction.attributes, module.partitions) if kind else 1
-    if n == 1:
+    kind = instruction.opcode
+    if kind not in COLLECTIVES:
         return 0.0, 0.0
+    n = _group_size(instruction.attributes, module.partitions)
     size = sum(_bytes(computation.arrays(name)) for name in instruction.operands)
     if kind == 'all-reduce':
         return 2 * size * (n - 1) / n, size

@@ -13,6 +13,7 @@ from zerojax.run import checks, data
 from zerojax.run.program import Program
 from zerojax.run.target import Target
 from zerojax.step import determinism
+from zerojax.step.precision import numbers_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,11 +21,13 @@ class Attempt:
     """What became of compiling a step in one mode.
 
     Attributes:
+        backend: 'cpu', 'gpu' or 'tpu'.
         seconds: for lowering and compiling.
         executable: None if it does not compile.
         reason: why it does not, in one line.
     """
 
+    backend: str
     seconds: float
     executable: Any = None
     reason: str = ''
@@ -32,7 +35,7 @@ class Attempt:
     @functools.cached_property
     def module(self) -> hlo.Module:
         """The program, to be read."""
-        return hlo.parse(self.executable.as_text())
+        return hlo.parse(self.executable.as_text(), self.backend)
 
     def memory(self) -> dict[str, int]:
         """Bytes of one device; results that take the place of arguments count as these."""
@@ -61,7 +64,17 @@ def resolve(
     if len(config.dataset.mean) == 0:  # two constants of the program; any will do
         channels = dataset.image_shape[-1]
         config.dataset.mean = config.dataset.std = (127.5,) * channels
-    return checks.resolve(config, dataset), dataset
+    config = checks.resolve(config, dataset)
+    _checked_program(config, dataset, target)
+    return config, dataset
+
+
+def _checked_program(config: ConfigDict, dataset: data.Dataset, target: Target) -> Program:
+    with numbers_of(config.param_dtype):
+        program = Program(config, dataset, devices=target.devices)
+        state, _ = program.shapes()
+    checks.check_layers(config, state.params, program.feature_axes)
+    return program
 
 
 def compile_in_modes(
@@ -71,30 +84,29 @@ def compile_in_modes(
 
     The deterministic one comes first, since what XLA chooses for a GPU outlives a compilation.
     Modes of the same compiler options are one program, which is compiled once.
-
-    Raises:
-        UsageError: a field does not fit.
     """
     modes = 'deterministic', 'hardware'
     options = {mode: determinism.compiler_options(mode, target.backend) for mode in modes}
     attempts: dict[str, Attempt] = {}
     for mode in modes:
         same = [each for each in attempts if options[each] == options[mode]]
-        attempts[mode] = attempts[same[0]] if same else _compile(config, dataset, target, mode)
+        if same:
+            attempts[mode] = attempts[same[0]]
+            continue
+        of_mode = ConfigDict(config.to_dict())
+        of_mode.determinism.mode = mode
+        attempts[mode] = compile_step(of_mode, dataset, target)
     return attempts
 
 
-def _compile(config: ConfigDict, dataset: data.Dataset, target: Target, mode: str) -> Attempt:
-    config = ConfigDict(config.to_dict())
-    config.determinism.mode = mode
-    program = Program(config, dataset, devices=target.devices)
-    state, source = program.shapes()
-    checks.check_layers(config, state.params, program.feature_axes)
+def compile_step(config: ConfigDict, dataset: data.Dataset, target: Target) -> Attempt:
+    """Compiles the step of a resolved config."""
+    program = _checked_program(config, dataset, target)
     began = time.monotonic()
-    lowered = program.train_steps.lower(state, source, np.int32(1))
+    lowered = program.train_steps.lower(*program.shapes(), np.int32(1))
     try:
         executable = lowered.compile()
     except Exception as error:  # compilers raise many kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return Attempt(time.monotonic() - began, reason=reason)
-    return Attempt(time.monotonic() - began, executable)
+        return Attempt(target.backend, time.monotonic() - began, reason=reason)
+    return Attempt(target.backend, time.monotonic() - began, executable)
