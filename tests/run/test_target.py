@@ -1,7 +1,9 @@
 """What --target names, and what it says if that cannot be had."""
 
 import importlib.util
+import math
 import re
+import types
 
 import jax
 import pytest
@@ -54,21 +56,32 @@ def test_a_compiler_that_is_not_installed_is_named_with_what_installs_it(text, e
         target.find(text)
 
 
-@pytest.mark.parametrize('text', ['tpu:v5e:2x2', 'gpu:h100'])
-def test_what_a_compiler_says_of_a_target_is_one_line(text, monkeypatch):
+@pytest.mark.parametrize('text,extra', [('tpu:v5e:2x2', 'tpu'), ('gpu:h100', 'gpu')])
+def test_what_a_compiler_says_of_a_target_is_one_line(text, extra, monkeypatch):
     def refuse(*_, **__):
         raise RuntimeError('INVALID_ARGUMENT: unknown\nand much more')
 
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: name)
     monkeypatch.setattr(target.topologies, 'get_topology_desc', refuse)
-    with pytest.raises(UsageError, match=r'cannot describe it \(INVALID_ARGUMENT: unknown\); inst'):
+    with pytest.raises(
+        UsageError, match=r'cannot describe it \(INVALID_ARGUMENT: unknown\); inst'
+    ) as e:
         target.find(text)
+    assert re.findall(r'zerojax\[(\w+)\]', str(e.value)) == [extra]
+
+
+def test_of_a_gpu_s_memory_a_process_can_take_all_but_a_twentieth(monkeypatch):
+    described = types.SimpleNamespace(devices=[None])
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: name)
+    monkeypatch.setattr(target.topologies, 'get_topology_desc', lambda *_, **__: described)
+    assert target.find('gpu:h100').memory == int(0.95 * 81559 * 2**20)
+    assert target.find('tpu:v5e:1x1').memory == 16 * 2**30
 
 
 def test_every_slice_has_at_most_256_chips_and_every_kind_one_of_one():
     assert target.SLICES.keys() == TPUS.keys()
     for shapes in target.SLICES.values():
-        numbers = [eval(shape.replace('x', '*')) for shape in shapes]
+        numbers = [math.prod(map(int, shape.split('x'))) for shape in shapes]
         assert numbers[0] == 1 and numbers[-1] == 256 and numbers == sorted(numbers)
 
 

@@ -1,20 +1,22 @@
 """What accelerators have and can do at most, from their makers' public tables.
 
-Per device: a GPU, or a TPU chip. GB of memory are 2**30 bytes, all else is decimal. Rates of matrix
-units are dense, without sparsity. Sources:
+Per device: a GPU, or a TPU chip. GB of a TPU's memory are 2**30 bytes, all else is decimal. Rates
+of matrix units are dense, without sparsity. Sources:
 
 - TPUs: docs.cloud.google.com/tpu/docs/v4 (and v5e, v5p, v6e), "System architecture"; links are half
   of "bidirectional inter-chip interconnect bandwidth", those of v4 six of 50 GB/s (Jouppi et al.,
-  "TPU v4", ISCA 2023). How many bfloat16 passes a float32 product takes: `jax.lax.Precision`.
-- GPUs: NVIDIA's data sheets of A100 (80 GB SXM), H100 (SXM), H200 (SXM) and HGX B200 for rates,
-  memory and NVLink (half of the total, which is of both directions); its white papers on Ampere,
-  Hopper and Blackwell for multiprocessors, clock and L2 cache; the CUDA C++ Programming Guide,
-  "Technical Specifications per Compute Capability", for the rest.
+  "TPU v4", ISCA 2023), those of v6e 3584 Gbit/s, the faster of two numbers that its table has had.
+  How many bfloat16 passes a float32 product takes: `jax.lax.Precision`.
+- GPUs: NVIDIA's data sheets of A100 (80 GB SXM), H100 (SXM), H200 (SXM) and HGX B200 for rates
+  and NVLink (half of the total, which is of both directions); its driver's nvidia-smi for memory;
+  its white papers on Ampere, Hopper and Blackwell for multiprocessors, clock and L2 cache; the CUDA
+  C++ Programming Guide, "Technical Specifications per Compute Capability", for the rest.
 """
 
 import dataclasses
 
 GIB = 2**30
+MIB = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +128,7 @@ TPUS = {
     'v4': _tpu('TPU v4', 275e12, 32, 1.2e12, 300e9),
     'v5e': _tpu('TPU v5e', 197e12, 16, 819e9, 200e9),
     'v5p': _tpu('TPU v5p', 459e12, 95, 2.765e12, 600e9),
-    'v6e': _tpu('TPU v6e', 918e12, 32, 1.638e12, 400e9),
+    'v6e': _tpu('TPU v6e', 918e12, 32, 1.638e12, 448e9),
 }
 
 _HOPPER = {'f64': 67e12, 'f32': 67e12, 'tf32': 494.7e12, 'bf16': 989.4e12}
@@ -136,10 +138,10 @@ GPUS = {
         name='NVIDIA A100-SXM4-80GB',
         backend='gpu',
         peaks={'f64': 19.5e12, 'f32': 19.5e12, 'tf32': 156e12, 'bf16': 312e12},
-        memory=80 * GIB,
+        memory=81920 * MIB,
         bandwidth=2.039e12,
         links=300e9,
-        cache=40 * 2**20,
+        cache=40 * MIB,
         cores=108,
         units=64,
         clock=1.41,
@@ -150,10 +152,10 @@ GPUS = {
         name='NVIDIA H100 80GB HBM3',
         backend='gpu',
         peaks=_HOPPER,
-        memory=80 * GIB,
+        memory=81559 * MIB,
         bandwidth=3.35e12,
         links=450e9,
-        cache=50 * 2**20,
+        cache=50 * MIB,
         switch_adds=True,
         cores=132,
         clock=1.98,
@@ -163,10 +165,10 @@ GPUS = {
         name='NVIDIA H200',
         backend='gpu',
         peaks=_HOPPER,
-        memory=141 * GIB,
+        memory=143771 * MIB,
         bandwidth=4.8e12,
         links=450e9,
-        cache=50 * 2**20,
+        cache=50 * MIB,
         switch_adds=True,
         cores=132,
         clock=1.98,
@@ -176,10 +178,10 @@ GPUS = {
         name='NVIDIA B200',
         backend='gpu',
         peaks={'f64': 40e12, 'f32': 80e12, 'tf32': 1.1e15, 'bf16': 2.25e15},
-        memory=180 * GIB,
+        memory=183359 * MIB,
         bandwidth=8e12,
         links=900e9,
-        cache=126 * 2**20,
+        cache=126 * MIB,
         switch_adds=True,
         cores=148,
         clock=1.965,

@@ -22,6 +22,8 @@ _DEEP = ('1x1x1', '2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4', '4x4x8', '4x8x8')
 SLICES = {'v4': _DEEP, 'v5e': _FLAT, 'v5p': _DEEP, 'v6e': _FLAT}
 MAX_HOSTS, GPUS_OF_HOST = 32, 8
 
+SHARE_OF_GPU = 0.95  # of its memory a process can take; the rest is the driver's and libraries'
+
 # What libtpu reads when it is loaded: where it logs, and what it would ask of its machine.
 _NO_TPU_HERE = {
     'TPU_LOG_DIR': 'disabled',
@@ -40,7 +42,7 @@ class Target:
         text: as it was asked for.
         devices: JAX's; unless it is the CPU that is here, nothing can be run on them.
         accelerator: what one of them can do at most; None of CPUs, of which there is no table.
-        memory: bytes that one of them has.
+        memory: bytes that a process can take of one of them.
     """
 
     text: str
@@ -127,7 +129,7 @@ def _gpu(text: str, card: str, number: str = '1') -> Target:
         devices = topologies.get_topology_desc(
             shape, 'cuda', topology=shape, target_config=gpu.description()
         ).devices
-    return Target(text, devices, gpu, gpu.memory)
+    return Target(text, devices, gpu, int(SHARE_OF_GPU * gpu.memory))
 
 
 @contextlib.contextmanager
@@ -141,5 +143,5 @@ def _loading(text: str) -> Iterator[None]:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(
             f'--target={text}: jax {jax.__version__} cannot describe it ({reason}); install the '
-            "versions that belong together, pip install -U 'zerojax[tpu]' or 'zerojax[gpu]'"
+            f"versions that belong together, pip install -U 'zerojax[{text.partition(':')[0]}]'"
         ) from error
