@@ -86,6 +86,9 @@ def test_operations_of_other_backends_are_read_from_their_programs():
       %b = f32[8]{0} all-reduce-start(%x), replica_groups={}, to_apply=%add
       %e = f32[8]{0} all-reduce-done(%b)
       %u = u8[8]{0} custom-call(), custom_call_target="AllocateBuffer"
+      %v = s64[8]{0} custom-call(%l, %h), custom_call_target="X64Combine"
+      %h = u32[8]{0} custom-call(%v), custom_call_target="X64SplitHigh"
+      %l = u32[8]{0} custom-call(%v), custom_call_target="X64SplitLow"
       %p = (u64[2]{0}, u32[8]{0}) rng-bit-generator(%k), algorithm=rng_three_fry
       %d = f32[8,8]{1,0} dot(%x, %y), lhs_contracting_dims={1}
     """  # noqa: E501

@@ -110,6 +110,9 @@ _REMARKS: tuple[tuple[str, str], ...] = (
     ('AllocateBuffer', ''),  # of TPUs' compiler, as the next
     ('AssumeGatherIndicesInBound', ''),
     ('ConcatBitcast', ''),
+    ('X64Combine', ''),  # the halves of 64 bits, as the next two
+    ('X64SplitHigh', ''),
+    ('X64SplitLow', ''),
     ('rng', 'draws from a state that every call moves on'),
     ('__cudnn$convBackward', 'some of its algorithms add by atomics; the autotuner chooses one'),
     ('__cudnn$', _AUTOTUNED),
