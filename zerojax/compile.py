@@ -16,11 +16,13 @@ On Python 3.11 these are jax 0.10.2 with libtpu 0.0.42.1 and jax-cuda12-plugin 0
 with them. A TPU's program takes minutes on two cores, many for the paper's network in float32.
 
 One screen says whether the step compiles in both modes of determinism, what memory a device needs
-of what it has, operations in products and their precision, bytes read and written, collectives, and
-the time that a step cannot be faster than, by the makers' numbers (zerojax.measure.accelerators).
-That bound counts no delays and nothing but products, memory and links, so small networks are far
-from it. On GPUs, libraries choose their algorithms on the device; no program here shows which, and
-one that computes convolutions with fewer multiplications (Winograd) may be faster.
+of what a process can have there, operations in products (with zeros that the program writes out)
+and their precision, bytes read and written, collectives, and the time that a step cannot be faster
+than, by the makers' numbers (zerojax.measure.accelerators). That bound counts no delays and nothing
+but products, memory and links, so small networks are far from it. On GPUs, libraries choose their
+algorithms on the device; no program here shows which, and one that computes convolutions with fewer
+multiplications (Winograd) may be faster. A step that does not fit is compiled once more, with one
+example a device, to say what would.
 
 DIR/compile.json (default: runs/compile_NAME) has it all. Exit status: 0 it compiles and fits; 1 it
 does not, and one line says what to change; 2 a mistake in flags, config or workdir, or a compiler
@@ -29,10 +31,13 @@ that is not installed.
 
 import dataclasses
 import importlib.metadata
+import os
 import re
 import sys
 import textwrap
 from collections import Counter
+
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # for XLA, which reads it when JAX loads
 
 import jax
 from ml_collections import ConfigDict
@@ -45,26 +50,43 @@ from zerojax.host.stop import raise_on_signals
 from zerojax.measure import program_cost
 from zerojax.measure.compiled import no_compilation_cache, operations_that_may_not_repeat
 from zerojax.run import cli
-from zerojax.run.compilation import Attempt, compile_in_modes, resolve
-from zerojax.run.target import Target, find, installed_compilers
+from zerojax.run.compilation import Attempt, compile_in_modes, compile_step, resolve
+from zerojax.run.data import Dataset
+from zerojax.run.target import SHARE_OF_GPU, Target, find, installed_compilers
 from zerojax.step.precision import numbers_of
 
-SHARE_OF_GPU = 0.75  # what JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
+JAX_TAKES = 0.75  # of a GPU's memory, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
 
-_OVER = re.compile(r'Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])')  # libtpu, of memory
+_OVER = (  # what libtpu says: needed, there; of other memory than HBM it says the like
+    re.compile(r'Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm'),
+    re.compile(r'\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)'),
+)
 _UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 
-def record_of(target: Target, attempts: dict[str, Attempt], mode: str) -> records.Record:
+def memory_of(attempt: Attempt, target: Target) -> tuple[int | None, int]:
+    """Bytes that a device needs, None where nobody knows, and bytes that it has."""
+    if attempt.executable is not None:
+        return sum(attempt.memory().values()), target.memory
+    for pattern in _OVER:
+        over = pattern.search(attempt.reason)
+        if over:
+            needed, there = (round(float(over[i]) * _UNITS[over[i + 1]]) for i in (1, 3))
+            return needed, there
+    return None, target.memory
+
+
+def record_of(config: ConfigDict, target: Target, attempts: dict[str, Attempt]) -> records.Record:
     """What compile.json says; null is what nobody knows of a step that does not compile."""
-    attempt = attempts[mode]
+    attempt = attempts[config.determinism.mode]
+    needed, there = memory_of(attempt, target)
     record: records.Record = {
         'target': target.text,
-        'devices': len(target.devices),
+        'devices': config.mesh.data,
         'compiles': {name: each.executable is not None for name, each in attempts.items()},
         'seconds': round(attempt.seconds, 1),
-        'memory_bytes': None,
-        'memory_limit_bytes': target.memory,
+        'memory_bytes': needed,
+        'memory_limit_bytes': there,
         'flops': None,
         'bytes': None,
         'bound_ms': None,
@@ -74,16 +96,11 @@ def record_of(target: Target, attempts: dict[str, Attempt], mode: str) -> record
         'precision': None,
     }
     if attempt.executable is None:
-        over = _OVER.search(attempt.reason)
-        if over:
-            record['memory_bytes'] = round(float(over[1]) * _UNITS[over[2]])
-            record['memory_limit_bytes'] = round(float(over[3]) * _UNITS[over[4]])
         return record
     cost = program_cost.cost(attempt.module)
     products = program_cost.products(attempt.module)
     operations = operations_that_may_not_repeat(attempt.executable.as_text(), target.backend)
     return record | {
-        'memory_bytes': sum(attempt.memory().values()),
         'flops': cost.flops,
         'bytes': cost.bytes,
         'bound_ms': bound_ms(target, cost),
@@ -106,24 +123,29 @@ def screen(
 ) -> list[str]:
     """What was found as lines of at most 100 columns."""
     device = target.accelerator.name if target.accelerator else 'CPU'
+    number = f'{len(target.devices)} x {device}'
+    if config.mesh.data < len(target.devices):
+        number = f'{config.mesh.data} of {number}'
     packages = ('jax', 'jaxlib', *installed_compilers(target.backend))
     versions = ', '.join(f'{name} {importlib.metadata.version(name)}' for name in packages)
     modes = [
         f'{mode} {f"in {each.seconds:.0f} s" if each.executable else "no"}'
         for mode, each in attempts.items()
     ]
+    attempt = attempts[config.determinism.mode]
     if len({id(each) for each in attempts.values()}) == 1:
         modes = [f'{" and ".join(attempts)}, one program, {modes[0].partition(" ")[2]}']
+    elif attempt.executable is not None:
+        modes[-1] += f'; what follows is of {config.determinism.mode}'
     lines = [
         f'{config.model.name} on {config.dataset.name} for {target.text}: compiled, never run',
-        f'devices     {len(target.devices)} x {device}; {versions}',
+        f'devices     {number}; {versions}',
         f'step        {config.model.dtype or config.param_dtype}, batch {config.batch_size}, of a '
         f'device {config.batch_size // config.mesh.data}; convolutions '
         f'{config_lib.convolution_of(config, backend=target.backend)}, '
         f'steps_per_call {config.steps_per_call}, {config.optimizer.name}',
         f'compiles    {", ".join(modes)}',
     ]
-    attempt = attempts[config.determinism.mode]
     if attempt.executable is not None:
         parts = ', '.join(f'{name} {_gib(size)}' for name, size in attempt.memory().items())
         operations = record['nondeterministic_operations']
@@ -135,13 +157,12 @@ def screen(
             f'bytes       {record["bytes"]:.4g} a device read and written',
             *_bound_lines(target, attempt),
             f'collectives {_listed(record["collectives"])}',
-            *_wrapped(f'calls       {_listed(record["custom_calls"])}'),
+            f'calls       {_listed(record["custom_calls"])}',
             '',
             'operations known not to repeat on some backend' + ('' if operations else ': none'),
         ]
-        for x in operations:
-            lines += _wrapped(f'  {x["count"]:>3} {x["name"]}: {x["remark"]}')
-    return [line[:100] for line in lines]
+        lines += [f'  {x["count"]:>3} {x["name"]}: {x["remark"]}' for x in operations]
+    return [part for line in lines for part in _wrapped(line)]
 
 
 def _bound_lines(target: Target, attempt: Attempt) -> list[str]:
@@ -167,7 +188,8 @@ def _listed(counts: dict[str, int]) -> str:
 
 
 def _wrapped(line: str) -> list[str]:
-    return textwrap.wrap(line, 100, subsequent_indent=' ' * 12)
+    wrapped = textwrap.wrap(line, 100, subsequent_indent=' ' * 12, break_on_hyphens=False)
+    return wrapped or [line]
 
 
 def _gib(size: int) -> str:
@@ -175,7 +197,7 @@ def _gib(size: int) -> str:
 
 
 def check(
-    config: ConfigDict, target: Target, attempts: dict[str, Attempt], record: records.Record
+    config: ConfigDict, dataset: Dataset, target: Target, attempts: dict[str, Attempt]
 ) -> None:
     """Checks that the step compiles in the config's mode, and fits.
 
@@ -183,11 +205,11 @@ def check(
         RunError: it does not; says what to change.
     """
     mode, where = config.determinism.mode, f'--target={target.text}'
-    needed, there = record['memory_bytes'], record['memory_limit_bytes']
+    needed, there = memory_of(attempts[mode], target)
     if needed is not None and needed > there:
         raise RunError(
             f'{where}: the step needs {_gib(needed)} GiB of memory, a device has {_gib(there)}; '
-            f'choose {_smaller(config, attempts[mode], there)}'
+            f'{_smaller(config, dataset, target, needed, there)}'
         )
     if attempts[mode].executable is None:
         other = next((name for name, each in attempts.items() if each.executable), None)
@@ -200,15 +222,22 @@ def check(
         )
 
 
-def _smaller(config: ConfigDict, attempt: Attempt, there: int) -> str:
-    """What would fit, as far as temporaries grow with the batch and nothing else does."""
-    if attempt.executable is not None:
-        memory = attempt.memory()
-        share = (there - memory['arguments'] - memory['results']) / memory['temporaries']
-        batch_size = int(config.batch_size * share) // config.mesh.data * config.mesh.data
-        if batch_size > 0:
-            return f'a batch_size of about {batch_size}, or more devices'
-    return 'a smaller batch_size, more devices, or a smaller model.width or model.depth'
+def _smaller(config: ConfigDict, dataset: Dataset, target: Target, needed: int, there: int) -> str:
+    """What to choose, by what is left of the need with one example a device."""
+    fewest = ConfigDict(config.to_dict())
+    fewest.batch_size = config.mesh.data
+    least, _ = memory_of(compile_step(fewest, dataset, target), target)
+    if least is None:
+        return 'choose a smaller batch_size, model.width or model.depth'
+    if least > there:
+        narrower = '' if config.param_dtype == 'bfloat16' else ', or param_dtype=bfloat16'
+        return (
+            f'with one example a device it would need {_gib(least)}: choose a smaller model.width '
+            f'or model.depth{narrower}'
+        )
+    of_each = (needed - least) / (config.batch_size - fewest.batch_size)
+    more = int((there - least) / of_each) // config.mesh.data * config.mesh.data
+    return f'choose a batch_size of about {fewest.batch_size + more}, or more devices'
 
 
 def run(argv: list[str]) -> None:
@@ -221,17 +250,21 @@ def run(argv: list[str]) -> None:
     target = find(values.target)
     mesh_given = 'mesh.data' in cli.fields_named(argv, 'config')
     config, dataset = resolve(config, target, mesh_given=mesh_given)
+    cli.make_folder(workdir)
+    file = workdir / 'compile.json'
+    if file.is_dir():
+        raise UsageError(f'--workdir={workdir}: {file} is a folder; name another workdir')
     with numbers_of(config.param_dtype), no_compilation_cache():
-        cli.make_folder(workdir)
         attempts = compile_in_modes(config, dataset, target)
-    record = record_of(target, attempts, config.determinism.mode)
-    records.write_json(workdir / 'compile.json', record)
-    for line in screen(config, target, attempts, record):
-        print(line)
-    print(f'{workdir}/compile.json has it all')
-    check(config, target, attempts, record)
-    if target.backend == 'gpu' and record['memory_bytes'] > SHARE_OF_GPU * target.memory:
-        print('JAX takes less of a GPU: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95')
+        record = record_of(config, target, attempts)
+        for line in screen(config, target, attempts, record):
+            print(line, flush=True)
+        records.write_json(file, record)
+        print(f'{file} has it all', flush=True)
+        check(config, dataset, target, attempts)
+    gpu = target.accelerator
+    if gpu is not None and gpu.backend == 'gpu' and record['memory_bytes'] > JAX_TAKES * gpu.memory:
+        print(f'JAX takes less of a GPU: set XLA_PYTHON_CLIENT_MEM_FRACTION={SHARE_OF_GPU}')
 
 
 def main(argv: list[str]) -> int:

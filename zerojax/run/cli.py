@@ -6,6 +6,7 @@ them; one without a config calls `parse`. `--NAME=VALUE` and `--NAME VALUE` are 
 
 import contextlib
 import pathlib
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -194,6 +195,7 @@ def make_folder(workdir: pathlib.Path) -> None:
     paths.to_write(workdir, f'--workdir={workdir}')
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=workdir).close()
     except OSError as error:
         raise UsageError(
             f'--workdir={workdir}: cannot be written ({error.strerror}); name another folder'
