@@ -2,12 +2,12 @@
 
     python -m experiments.diversity [--unique=1,2,4,8,16,32] [--scales=1e-4,1e-2]
 
-ConstNet-10-10 starts with m unique features in every stream (of 16 to 640; all of them in a stream
-of fewer), or in the last stream and 1 in all others: feature d is a copy of
+ConstNet-10-10, or a config's network, starts with m unique features in every stream (of 16 to 640;
+all of them in a stream of fewer), or in the last stream and 1 in all others: feature d is a copy of
 feature d mod m. Copies stay equal, so it is trained and evaluated as the reduced network that it is
 equal to, see `zerojax.symmetry.quotient`.
 
-Noise of a scale · N(0, 1) is added to the initial weights of the reduced network, one draw for
+Noise of each scale · N(0, 1) is added to the initial weights of the reduced network, one draw for
 each pair of unique features and position of a kernel. In the large network all copies of such a
 pair get the same, as of kind 'unequal_init'. So a sum over n features gets noise that grows as
 n / sqrt(m), not as sqrt(n): the fewer are unique, the more comes through.

@@ -2,8 +2,9 @@
 
     python -m experiments.drawings [--workdir=DIR]
 
-Those of runs that take a GPU: gpu_arms.png of gpu_arms_curves.csv, gpu_steps.png of gpu_steps.csv,
-and a table of how far predictions in the latter are off. DIR is docs/figures.
+Those of runs that take a GPU: gpu_arms.png of gpu_arms_curves.csv, gpu_bfloat16_arms.png of
+gpu_bfloat16_arms_curves.csv, gpu_steps.png of gpu_steps.csv (without runs whose features stay
+equal), and a table of how far predictions in the latter are off. DIR is docs/figures.
 """
 
 import csv
@@ -61,7 +62,8 @@ def prediction_errors(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def draw_steps(rows: list[dict[str, Any]]) -> Figure:
     """Asymmetry of each stream after each step, a panel a run, predictions where there are some."""
-    names = list(dict.fromkeys(row['run'] for row in rows))
+    broken = [row['run'] for row in rows if any(row[stream] > 0 for stream in STREAMS)]
+    names = list(dict.fromkeys(broken))
     figure, panels = runs.new_figure(2, (len(names) + 1) // 2, width=16, height=8)
     for axes in panels.flat[len(names) :]:
         axes.set_visible(False)
@@ -96,12 +98,13 @@ def run(argv: list[str]) -> None:
     workdir = paths.meant(values.workdir, f'--workdir={values.workdir}')
     cli.make_folder(workdir)
     steps = read('gpu_steps.csv')
-    drawn = {
-        'gpu_arms.png': arms.draw(read('gpu_arms_curves.csv')),
-        'gpu_steps.png': draw_steps(steps),
-    }
-    for name, figure in drawn.items():
-        figure.suptitle('ConstNet-16-10 on CIFAR-10 (JPEG-75 copy), one NVIDIA H200')
+    tf32, bfloat16 = (arms.draw(read(f'{x}_curves.csv')) for x in ('gpu_arms', 'gpu_bfloat16_arms'))
+    for name, device, figure in (
+        ('gpu_arms.png', 'TF32, one NVIDIA H200', tf32),
+        ('gpu_bfloat16_arms.png', 'bfloat16, one NVIDIA H100', bfloat16),
+        ('gpu_steps.png', 'one NVIDIA H200, where named H100', draw_steps(steps)),
+    ):
+        figure.suptitle(f'ConstNet-16-10 on CIFAR-10 (JPEG-75 copy), {device}')
         figure.savefig(workdir / name, dpi=110)
         say(f'{workdir / name}')
     say(f'\n{runs.markdown(prediction_errors(steps))}')

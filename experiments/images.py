@@ -4,10 +4,10 @@
     python -m experiments.images
 
 The second is CIFAR-10 (configs/cifar.py:cpu) with one seed: an hour a run on two CPU cores, six
-hours in all. `--seeds` are those of the contrast (injected, none and the random control); the other
-arms have one; on a GPU 'hardware', the paper's own, is among them (elsewhere it is none). Both data
-sets must have been prepared, see the configs. See `experiments.runs` for flags and
-restarts, `experiments.arms` for more arms.
+hours in all, by the time of a step. `--seeds` are those of the contrast (injected, none and the
+random control); the other arms have one; on a GPU 'hardware', the paper's own, is among them
+(elsewhere it is none). Both data sets must have been prepared, see the configs. See
+`experiments.runs` for flags and restarts, `experiments.arms` for more arms.
 """
 
 import sys

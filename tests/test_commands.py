@@ -22,13 +22,15 @@ WITHOUT_A_FOLDER = {
     'experiments.all', 'experiments.performance.execution', 'zerojax.compare', 'zerojax.convert',
 }  # fmt: skip
 RUNS = {'zerojax.main', 'zerojax.sweep'}  # whose folders the runs make
-WITHOUT_A_CONFIG = {
-    f'experiments.performance.{name}' for name in ('benchmark', 'convolutions', 'reduced')
+WITHOUT_A_CONFIG = {'experiments.drawings'} | {
+    f'experiments.performance.{name}'
+    for name in ('benchmark', 'convolutions', 'determinism', 'reduced')
 }
+WITHOUT_A_DEVICE = {'experiments.drawings'}
 # Other processes need the device first, and say so.
 NOT_FIRST = {
     'zerojax.audit', 'experiments.performance.benchmark', 'experiments.performance.convolutions',
-    'experiments.performance.many_runs',
+    'experiments.performance.determinism', 'experiments.performance.many_runs',
 }  # fmt: skip
 
 
@@ -90,7 +92,8 @@ def no_device(*_):
 
 
 @pytest.mark.parametrize(
-    'command', sorted(set(COMMANDS) - WITHOUT_FLAGS - NOT_FIRST - WITHOUT_A_FOLDER)
+    'command',
+    sorted(set(COMMANDS) - WITHOUT_FLAGS - NOT_FIRST - WITHOUT_A_FOLDER - WITHOUT_A_DEVICE),
 )
 def test_a_missing_device_is_one_line_and_nothing_is_written(
     elsewhere, monkeypatch, capsys, command

@@ -127,7 +127,8 @@ def sweep(
             'a program, so that each batch uses the devices of all processes'
         )
 
-    failed, left = {}, None
+    failed: dict[pathlib.Path, RunError] = {}
+    left: ValueError | None = None
     with Progress(sum(resolved[i].num_steps for i in itertools.chain(*pending.values()))) as bar:
         for numbers in filter(None, pending.values()):
             try:
@@ -145,11 +146,14 @@ def sweep(
                         failed[jobs[i][1]] = result
                     else:
                         summaries[i] = result
+    unfinished = []
     if failed:
         reasons = '; '.join(f'{workdir.name}: {error}' for workdir, error in failed.items())
-        raise RunError(f'{len(failed)} of {len(jobs)} runs failed: {reasons}')
+        unfinished.append(f'{len(failed)} of {len(jobs)} runs failed: {reasons}')
     if left:
-        raise RunError(f'runs are left for which the same command must be given again: {left}')
+        unfinished.append(f'runs are left for which the same command must be given again: {left}')
+    if unfinished:
+        raise RunError('; '.join(unfinished))
     return [summaries[i] for i in range(len(jobs))]
 
 

@@ -62,6 +62,7 @@ from zerojax.run.data import Dataset, Split
 
 
 def precisions(backend: str) -> tuple[str, ...]:
+    """Of `Row` that a backend has."""
     return ('float32', 'bfloat16') if backend == 'cpu' else ('tf32', 'float32', 'bfloat16')
 
 

@@ -14,8 +14,9 @@ float32 and bfloat16 (mixed precision).
     PyTorch      images/s of the same network, eager, channels_last, without augmentation: with
                  cuDNN's fastest algorithms, and with deterministic ones; empty without PyTorch
 
-Ends in table.md and table.csv. Minutes on a GPU of a data centre, most of them to compile; hours on
-a CPU. docs/performance.md keeps the results.
+Ends in table.md and table.csv, which are written anew after each mode and each column of PyTorch's:
+what was measured stays if the rest is not. Minutes on a GPU of a data centre, most of them to
+compile; hours on a CPU. docs/performance.md keeps the results.
 """
 
 import concurrent.futures
@@ -112,19 +113,26 @@ def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
         return process.submit(function, *args).result()
 
 
-def line(row: Row, deterministic: Found, hardware: Found) -> dict[str, Any]:
-    """Of the table, without PyTorch."""
-    flops = deterministic.flops / deterministic.seconds['median']
-    ratio = deterministic.seconds['median'] / hardware.seconds['median']
+def deterministic_columns(row: Row, found: Found) -> dict[str, Any]:
+    """Of the row in mode 'deterministic'."""
+    flops = found.flops / found.seconds['median']
     return {
         'precision': row.precision,
-        'deterministic, images/s': shown(rates(row.batch_size, deterministic.seconds)),
-        'hardware, images/s': shown(rates(row.batch_size, hardware.seconds)),
-        'deterministic, ms a step': f'{deterministic.seconds["median"] * 1e3:.4g}',
-        'deterministic over hardware, ms': f'{ratio:.3f}',
+        'deterministic, images/s': shown(rates(row.batch_size, found.seconds)),
+        'deterministic, ms a step': f'{found.seconds["median"] * 1e3:.4g}',
         'TFLOP/s': f'{flops / 1e12:.4g}',
-        'peak, TFLOP/s': f'{deterministic.peak / 1e12:.4g}',
-        'of peak': f'{100 * flops / deterministic.peak:.0f}%',
+        'peak, TFLOP/s': f'{found.peak / 1e12:.4g}',
+        'of peak': f'{100 * flops / found.peak:.0f}%',
+        'compiled in, s': f'{found.compiling:.0f}',
+    }
+
+
+def hardware_columns(row: Row, deterministic: Found, hardware: Found) -> dict[str, Any]:
+    """Of the row in mode 'hardware', and what the modes cost beside each other."""
+    ratio = deterministic.seconds['median'] / hardware.seconds['median']
+    return {
+        'hardware, images/s': shown(rates(row.batch_size, hardware.seconds)),
+        'deterministic over hardware, ms': f'{ratio:.3f}',
         'compiled in, s': f'{deterministic.compiling:.0f}, {hardware.compiling:.0f}',
     }
 
@@ -144,18 +152,25 @@ def run(argv: list[str]) -> None:
         raise RunError('JAX finds no device it can use, see the line above')
     cli.make_folder(workdir)
     rows = [Row(*NETWORK, batch, each) for each in precisions(machine['backend'])]
-    by_mode = [
-        in_fresh_process(measure, rows, mode, repetitions) for mode in ('deterministic', 'hardware')
-    ]
-    lines = [line(row, *found) for row, *found in zip(rows, *by_mode, strict=True)]
-    torch = 'not installed'
-    if importlib.util.find_spec('torch'):
-        torch = importlib.metadata.version('torch')
-        for name, deterministic in {'fastest': False, 'deterministic': True}.items():
-            found = in_fresh_process(measure_torch, rows, deterministic, repetitions)
-            for each, rate in zip(lines, found, strict=True):
-                each[f'PyTorch {name}, images/s'] = shown(rate)
-    runs.save_table(workdir, command, f'{machine["text"]}, torch {torch}.', lines)
+    has_torch = importlib.util.find_spec('torch')
+    torch = importlib.metadata.version('torch') if has_torch else 'not installed'
+
+    def save() -> None:
+        runs.save_table(workdir, command, f'{machine["text"]}, torch {torch}.', lines)
+
+    deterministic = in_fresh_process(measure, rows, 'deterministic', repetitions)
+    lines = [deterministic_columns(*each) for each in zip(rows, deterministic, strict=True)]
+    save()
+    hardware = in_fresh_process(measure, rows, 'hardware', repetitions)
+    for line, *each in zip(lines, rows, deterministic, hardware, strict=True):
+        line |= hardware_columns(*each)
+    save()
+    if has_torch:
+        for name, repeats in {'fastest': False, 'deterministic': True}.items():
+            rates_of_rows = in_fresh_process(measure_torch, rows, repeats, repetitions)
+            for line, rate in zip(lines, rates_of_rows, strict=True):
+                line[f'PyTorch {name}, images/s'] = shown(rate)
+            save()
 
 
 def main(argv: list[str]) -> int:

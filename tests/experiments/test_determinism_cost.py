@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from experiments.performance import determinism
+from zerojax.host.errors import RunError
 
 
 @pytest.fixture
@@ -48,6 +49,22 @@ def test_the_command(short, monkeypatch, tmp_path):
         milliseconds = float(row['deterministic, ms a step'])
         assert milliseconds == pytest.approx(1e3 * 4 / deterministic, rel=1e-2)
         assert float(row['TFLOP/s']) > 0
+
+
+def test_what_was_measured_stays_when_the_rest_fails(short, monkeypatch, tmp_path):
+    def here(function, rows, mode, *args):
+        if mode == 'hardware':
+            raise RunError('lost the device')
+        with jax.numpy_dtype_promotion('standard'):
+            return function(rows, mode, *args)
+
+    monkeypatch.setattr(determinism, 'in_fresh_process', here)
+    argv = ['determinism', f'--workdir={tmp_path}', '--batch=4', '--repetitions=1']
+    assert determinism.main(argv) == 1
+    with open(tmp_path / 'table.csv') as file:
+        rows = list(csv.DictReader(file))
+    assert all(float(row['deterministic, images/s'].split()[0]) > 0 for row in rows)
+    assert 'hardware, images/s' not in rows[0]
 
 
 def test_a_process_of_its_own_returns_what_the_function_does():
