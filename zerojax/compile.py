@@ -4,7 +4,9 @@ python -m zerojax.compile --config=configs/NAME.py[:VARIANT] [--config.FIELD=VAL
                           --target=tpu:v5e:4x4 | gpu:h100[:8] | cpu [--workdir=DIR]
 
 The step is the run's own, sharded over all of the target's devices unless mesh.data says otherwise;
-neither data nor a device is needed, and nothing is run. Targets:
+neither data nor a device is needed, and nothing is run. So what a run checks of its data and of the
+weights it starts with (symmetry.project, pruning.source) is not checked; with last_batch='keep' the
+step is that of a full batch. Targets:
 
 cpu             this machine's
 tpu:KIND:SLICE  v4, v5p (1x1x1, 2x2x1 to 4x8x8), v5e, v6e (1x1, 2x2 to 16x16); compiled by libtpu,
