@@ -2,9 +2,13 @@
 
 import csv
 import json
+import os
 import pathlib
+import subprocess
+import sys
 
 import jax
+import matplotlib
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -220,3 +224,23 @@ def test_each_subset_of_streams_is_broken_and_no_other(experiment):
     assert rows[0]['growth a step'] == '-'
     assert float(rows[1]['growth a step']) != 0
     assert streams.subsets(['a', 'b']) == [(), ('a',), ('b',), ('a', 'b')]
+
+
+def test_a_figure_that_cannot_be_drawn_is_a_line(experiment, monkeypatch, capsys):
+    """And not the end of the experiment, whose table is still to come."""
+    monkeypatch.setitem(matplotlib.rcParams, 'text.usetex', True)
+    monkeypatch.setenv('PATH', '/nowhere')
+    figure, axes = runs.new_figure(1, 1)
+    axes.set_title('drawn by LaTeX')
+    runs.save_figure(experiment, figure)
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f'note: {experiment.workdir}/figure.png could not be drawn (')
+    assert (printed.out, printed.err.count('\n')) == ('', 1)
+
+
+def test_a_backend_that_matplotlib_does_not_know_is_not_asked():
+    flags = [sys.executable, '-m', 'experiments.phase', '--help']
+    done = subprocess.run(
+        flags, capture_output=True, cwd=ROOT, env=os.environ | {'MPLBACKEND': 'nonsense'}
+    )
+    assert (done.returncode, done.stderr) == (0, b'')
