@@ -1,6 +1,8 @@
 """Every command alike: where it writes, and when it refuses to."""
 
+import os
 import runpy
+import subprocess
 import sys
 import warnings
 
@@ -26,10 +28,10 @@ WITHOUT_A_CONFIG = {'experiments.drawings'} | {
     f'experiments.performance.{name}'
     for name in ('benchmark', 'convolutions', 'determinism', 'reduced')
 }
-WITHOUT_A_DEVICE = {'experiments.drawings'}
-# Other processes need the device first, and say so.
+WITHOUT_A_DEVICE = {'experiments.drawings', 'zerojax.compile'}
+# They ask a process of its own what device there is, which others need first.
 NOT_FIRST = {
-    'zerojax.audit', 'experiments.performance.benchmark', 'experiments.performance.convolutions',
+    'experiments.performance.benchmark', 'experiments.performance.convolutions',
     'experiments.performance.determinism', 'experiments.performance.many_runs',
 }  # fmt: skip
 
@@ -50,7 +52,8 @@ def config_of(command):
     """A config that suits every command."""
     if command in WITHOUT_A_CONFIG:
         return []
-    return [DIGITS, '--config.perturbation.kind=gaussian', '--config.perturbation.scale=1e-6']
+    config = [DIGITS, '--config.perturbation.kind=gaussian', '--config.perturbation.scale=1e-6']
+    return [*config, '--target=cpu'] if command == 'zerojax.compile' else config
 
 
 @pytest.fixture
@@ -98,12 +101,23 @@ def no_device(*_):
 def test_a_missing_device_is_one_line_and_nothing_is_written(
     elsewhere, monkeypatch, capsys, command
 ):
-    for name in ('devices', 'default_backend'):
+    for name in ('devices', 'default_backend', 'process_index', 'process_count'):
         monkeypatch.setattr(jax, name, no_device)
     assert status(command, *config_of(command), '--workdir=x') == 2
     printed = capsys.readouterr()
     assert printed.err.startswith('error: ') and printed.err.count('\n') == 1
     assert 'no such device (JAX has no plugin for it); install the extra gpu' in printed.err
+    assert not list(elsewhere.iterdir())
+
+
+@pytest.mark.parametrize('command', sorted(NOT_FIRST))
+def test_a_device_that_another_process_misses_is_said_and_nothing_is_written(elsewhere, command):
+    environment = os.environ | {'JAX_PLATFORMS': 'cuda', 'PYTHONPATH': str(ROOT)}
+    flags = [sys.executable, '-m', command, *config_of(command), '--workdir=x']
+    done = subprocess.run(flags, capture_output=True, text=True, env=environment, cwd=elsewhere)
+    assert done.returncode == 2
+    assert 'error: JAX_PLATFORMS=cuda: no such device' in done.stdout
+    assert done.stderr == 'error: JAX finds no device it can use, see the line above\n'
     assert not list(elsewhere.iterdir())
 
 

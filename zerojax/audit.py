@@ -206,6 +206,7 @@ def run(argv: list[str]) -> None:
             tensors: Any = noise.flatten(compiled.run())
         np.savez(values.tensors_to, **tensors)
         return
+    checks.check_backend(config.determinism.mode)
     cli.make_folder(workdir)
     try:
         folder = tempfile.TemporaryDirectory(dir=workdir, prefix='.tensors_')

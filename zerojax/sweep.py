@@ -353,6 +353,7 @@ def run(argv: list[str]) -> None:
     if len(set(folders)) < len(folders):
         raise UsageError('--grid: two runs would share a folder; their values differ too little')
     cli.join_processes(values)
+    check_devices()  # before anything else asks for them, as below
     try:
         sweep([job for _, job in jobs], at_once)
     finally:

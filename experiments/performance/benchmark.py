@@ -57,7 +57,7 @@ from zerojax.host.command import run_command
 from zerojax.host.errors import RunError, UsageError
 from zerojax.host.stop import raise_on_signals
 from zerojax.host.terminal import say
-from zerojax.run import cli
+from zerojax.run import checks, cli
 from zerojax.run.data import Dataset, Split
 
 
@@ -212,6 +212,19 @@ def in_process(
     return json.loads(done.stdout.splitlines()[-1]), seconds
 
 
+def find_machine() -> dict[str, str]:
+    """'backend' of this machine, and a 'text' about it, without taking its device.
+
+    Raises:
+        UsageError: JAX has no device here.
+    """
+    machine, _ = in_process('machine')
+    if machine is None:
+        raise UsageError('JAX finds no device it can use, see the line above')
+    found: dict[str, str] = machine
+    return found
+
+
 def child(text: str) -> None:
     """Measures one thing of one row, and prints it."""
     kind, fields, repetitions = json.loads(text)
@@ -219,6 +232,7 @@ def child(text: str) -> None:
     if kind == 'machine':
         from experiments import runs
 
+        checks.check_devices()
         found = {'backend': jax.default_backend(), 'text': runs.machine()}
     elif kind == 'first step':
         found = first_step(Row(**fields))
@@ -304,9 +318,7 @@ def run(argv: list[str]) -> None:
     command = ' '.join(['python -m experiments.performance.benchmark', *argv[1:]])
     workdir = paths.meant(values.workdir, f'--workdir={values.workdir}')
     repetitions = cli.count(values, 'repetitions', least=1)
-    machine, _ = in_process('machine')
-    if machine is None:
-        raise RunError('JAX finds no device it can use, see the line above')
+    machine = find_machine()
     rows = {row.name: row for row in all_rows(machine['backend'])}
     if values.rows is not None:
         for name in values.rows.split(','):

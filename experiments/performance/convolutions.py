@@ -32,13 +32,14 @@ import numpy as np
 
 from experiments import runs
 from experiments.performance import measuring
+from experiments.performance.benchmark import find_machine
 from zerojax.host import paths
 from zerojax.host.command import run_command
 from zerojax.host.errors import RunError
 from zerojax.host.stop import raise_on_signals
 from zerojax.host.terminal import say
 from zerojax.models.convolutions import convolve_direct, convolve_patches
-from zerojax.run import checks, cli
+from zerojax.run import cli
 from zerojax.step.determinism import jit_in_mode
 
 REPETITIONS = 9
@@ -194,9 +195,9 @@ def run(argv: list[str]) -> None:
     command = ' '.join(['python -m experiments.performance.convolutions', *argv[1:]])
     workdir = paths.meant(values.workdir, f'--workdir={values.workdir}')
     batch = cli.count(values, 'batch', least=1)
+    find_machine()
     cli.make_folder(workdir)
-    of_torch = iter(all_of_torch(batch))
-    checks.check_devices()  # only now, as PyTorch may need the device too
+    of_torch = iter(all_of_torch(batch))  # first, as it may need the device
     rows = []
     for shape in SHAPES:
         for which in PASSES:

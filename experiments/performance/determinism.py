@@ -31,7 +31,7 @@ from typing import Any
 
 from experiments.performance.benchmark import (
     build_config,
-    in_process,
+    find_machine,
     matrix_peak,
     precisions,
     random_dataset,
@@ -47,7 +47,6 @@ from experiments.performance.measuring import (
 )
 from zerojax.host import paths
 from zerojax.host.command import run_command
-from zerojax.host.errors import RunError
 from zerojax.host.stop import raise_on_signals
 from zerojax.measure.compiled import no_compilation_cache
 from zerojax.run import cli
@@ -147,9 +146,7 @@ def run(argv: list[str]) -> None:
     workdir = paths.meant(values.workdir, f'--workdir={values.workdir}')
     repetitions = cli.count(values, 'repetitions', least=1)
     batch = cli.count(values, 'batch', least=1)
-    machine, _ = in_process('machine')
-    if machine is None:
-        raise RunError('JAX finds no device it can use, see the line above')
+    machine = find_machine()
     cli.make_folder(workdir)
     rows = [Row(*NETWORK, batch, each) for each in precisions(machine['backend'])]
     has_torch = importlib.util.find_spec('torch')

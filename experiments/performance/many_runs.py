@@ -26,7 +26,7 @@ from typing import Any
 from ml_collections import ConfigDict, config_flags
 
 from experiments import runs
-from experiments.performance import measuring
+from experiments.performance import benchmark, measuring
 from zerojax.host import records
 from zerojax.host.command import run_command
 from zerojax.host.errors import RunError, UsageError
@@ -113,6 +113,7 @@ def run(argv: list[str]) -> None:
         f'--config={config_flags.get_config_filename(values["config"])}',
         *(f'--config.{field}={value}' for field, value in overrides.items()),
     ]
+    benchmark.find_machine()
     cli.make_folder(workdir)
     # The sweeps first: this process must not hold a device that they need.
     tables = {'sweep': sweeps(flags, workdir, numbers)}
