@@ -49,6 +49,7 @@ from zerojax.host import records
 from zerojax.host.command import run_command
 from zerojax.host.errors import RunError, UsageError
 from zerojax.host.stop import raise_on_signals
+from zerojax.host.terminal import say
 from zerojax.measure import program_cost
 from zerojax.measure.compiled import no_compilation_cache, operations_that_may_not_repeat
 from zerojax.run import cli
@@ -260,13 +261,13 @@ def run(argv: list[str]) -> None:
         attempts = compile_in_modes(config, dataset, target)
         record = record_of(config, target, attempts)
         for line in screen(config, target, attempts, record):
-            print(line, flush=True)
+            say(line)
         records.write_json(file, record)
-        print(f'{file} has it all', flush=True)
+        say(f'{file} has it all')
         check(config, dataset, target, attempts)
     gpu = target.accelerator
     if gpu is not None and gpu.backend == 'gpu' and record['memory_bytes'] > JAX_TAKES * gpu.memory:
-        print(f'JAX takes less of a GPU: set XLA_PYTHON_CLIENT_MEM_FRACTION={SHARE_OF_GPU}')
+        say(f'JAX takes less of a GPU: set XLA_PYTHON_CLIENT_MEM_FRACTION={SHARE_OF_GPU}')
 
 
 def main(argv: list[str]) -> int:
