@@ -14,7 +14,7 @@ from zerojax import sweep
 from zerojax.host import stop
 from zerojax.host.checkpoint import Checkpoints
 from zerojax.host.errors import RunError, UsageError
-from zerojax.run import checks, program, recorder, train
+from zerojax.run import checks, many, program, recorder, train
 from zerojax.step import determinism
 
 
@@ -242,9 +242,9 @@ def test_batches_are_as_large_as_asked_for_and_have_a_step_in_common(tmp_path):
         for step in its_steps:
             (tmp_path / str(i) / 'checkpoints' / str(step)).mkdir(parents=True)
     workdirs = [tmp_path / str(i) for i in range(len(steps))]
-    assert list(sweep.batches(workdirs, 2)) == [[0, 1], [5], [2, 3], [4]]
-    assert list(sweep.batches([tmp_path / 'new'] * 5, 4)) == [[0, 1, 2, 3], [4]]
-    assert list(sweep.batches(workdirs, 9)) == [[0, 1, 5], [2], [3], [4]]
+    assert list(many.batches(workdirs, 2)) == [[0, 1], [5], [2, 3], [4]]
+    assert list(many.batches([tmp_path / 'new'] * 5, 4)) == [[0, 1, 2, 3], [4]]
+    assert list(many.batches(workdirs, 9)) == [[0, 1, 5], [2], [3], [4]]
 
 
 def test_a_grid_varies_the_streams_that_are_perturbed(tmp_path):
@@ -334,20 +334,20 @@ def test_the_fastest_number_is_measured_on_accelerators_alone(toy_config, monkey
     config = checks.resolve(toy_config, programs.dataset(toy_config))
     said = []
     progress = types.SimpleNamespace(say=said.append)
-    assert sweep.fastest(config, 20, programs, progress) == 1
+    assert many.fastest(config, 20, programs, progress) == 1
     monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
     measured = {1: 1.0, 4: 2.0, 16: 4.0, 20: 6.0}
-    monkeypatch.setattr(sweep, 'seconds_a_call', lambda config, runs, programs: measured[runs])
-    assert sweep.fastest(config, 20, programs, progress) == 16
+    monkeypatch.setattr(many, 'seconds_a_call', lambda config, runs, programs: measured[runs])
+    assert many.fastest(config, 20, programs, progress) == 16
     assert said == ['measured: 16 runs at once are fastest']
     config.determinism.mode = 'hardware'
-    assert sweep.fastest(config, 20, programs, progress) == 1
+    assert many.fastest(config, 20, programs, progress) == 1
 
 
 def test_a_call_is_timed(toy_config):
     programs = program.Programs()
     config = checks.resolve(toy_config, programs.dataset(toy_config))
-    assert all(0 < sweep.seconds_a_call(config, runs, programs) < 60 for runs in (1, 2))
+    assert all(0 < many.seconds_a_call(config, runs, programs) < 60 for runs in (1, 2))
     assert np.isfinite(config.optimizer.learning_rate)
 
 

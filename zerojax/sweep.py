@@ -3,6 +3,7 @@
 python -m zerojax.sweep --config=configs/NAME.py[:VARIANT] [--workdir=DIR] [--runs_at_once=N|auto]
                         [--seeds=N] [--grid.FIELD=VALUE,VALUE,... ...] [--config.FIELD=VALUE ...]
                         [--distributed=auto|HOST:PORT,N,I] [--distributed_timeout=SECONDS]
+                        [--launcher=ray|ray:ADDRESS|slurm]
 
 for example
 
@@ -22,6 +23,11 @@ share one compiled program. One after another (--runs_at_once=1) they give the b
 so (`execution.runs_at_once`). 'auto', the default, is 1 on CPUs, and on accelerators the number
 that is measured to be fastest.
 
+--launcher has the workers of a Ray cluster train the runs, or jobs of Slurm; DIR must be a folder
+that all of them see. Runs that share a program are one task, or several if there are more workers
+than programs. A lost worker's runs go on from their checkpoints on another; this process, which
+only watches them, can be killed and started again. docs/cloud.md has the commands.
+
 Exit status: 0 success; 1 runs failed, after the others were trained; 2 a mistake in flags, config,
 data or workdir; 143 or 130 after SIGTERM or SIGINT, once checkpoints are saved.
 """
@@ -32,236 +38,23 @@ import math
 import os
 import pathlib
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from zerojax import config as config_lib
 from zerojax.host import distributed, records
-from zerojax.host.checkpoint import checkpoint_steps
 from zerojax.host.command import run_command
-from zerojax.host.errors import RunError, UsageError
-from zerojax.host.progress import Progress
+from zerojax.host.errors import UsageError
 from zerojax.host.stop import exit_on_signals
 from zerojax.host.terminal import say
-from zerojax.run import cli
-from zerojax.run.building import scalars_of, structure
-from zerojax.run.checks import check_devices, check_structure, resolve
-from zerojax.run.program import Programs
-from zerojax.run.train import absolute_workdir, claim, train, train_runs
-from zerojax.step import determinism
-from zerojax.step.precision import numbers_of
-
-Job = tuple[ConfigDict, pathlib.Path]  # a run: its config, and its folder
+from zerojax.run import cli, launch
+from zerojax.run.checks import check_devices
+from zerojax.run.many import SUMMARY, Job, sweep
 
 MAX_RUNS = 10_000
-MEASURED_CALLS = 3
-COLUMNS = (  # of sweep.csv, from each run's summary
-    'step', 'train_loss', 'eval_accuracy', 'best_eval_accuracy', 'asymmetry', 'broken_at_step',
-    'params_sha256', 'seconds',
-)  # fmt: skip
-
-
-def sweep(
-    jobs: Sequence[Job], runs_at_once: int | None = None, programs: Programs | None = None
-) -> list[records.Record]:
-    """Trains all runs that are not finished yet; their summaries, in the order of `jobs`.
-
-    Args:
-        jobs: config and folder of each run; the folders differ.
-        runs_at_once: how many runs of one structure (see `zerojax.run.program`) are computed as one
-            batched program (the last ones may be fewer); None: what is measured to be fastest on
-            this backend, 1 on several processes.
-        programs: shared by sweeps that follow one another, so that they do not compile anew.
-
-    Raises:
-        UsageError: a config or a folder is wrong; nothing was trained, unless it depends on the
-            weights that a run starts with.
-        RunError: runs failed, all others are finished; or, on a GPU, those of one mode of
-            determinism are, and the others need another process.
-        Stopped: SIGTERM or SIGINT came; checkpoints were saved.
-    """
-    for config, workdir in jobs:
-        try:
-            config_lib.check(config)
-        except UsageError as error:
-            raise UsageError(f'{workdir.name}: {error}') from error
-        if config.determinism.mode == 'hardware' and (runs_at_once or 1) > 1:
-            raise UsageError(
-                f'--runs_at_once={runs_at_once}: must be 1 with determinism.mode=hardware, where '
-                'each run is audited'
-            )
-    jobs = [
-        (config_lib.with_absolute_paths(config), absolute_workdir(folder))
-        for config, folder in jobs
-    ]
-    check_devices()
-    programs = programs or Programs()
-    resolved: dict[int, ConfigDict] = {}
-    summaries: dict[int, records.Record] = {}
-    pending: dict[str, list[int]] = {}
-    # In an order in which each dataset is loaded once.
-    for i in sorted(range(len(jobs)), key=lambda i: str(jobs[i][0].dataset)):
-        config, workdir = jobs[i]
-        dataset = programs.dataset(config)
-        try:
-            resolved[i] = resolve(config, dataset)
-            kind = structure(resolved[i])
-            if kind not in pending:
-                check_structure(resolved[i], dataset)
-        except UsageError as error:
-            raise UsageError(f'{workdir.name}: {error}') from error
-        alike = pending.setdefault(kind, [])
-        summary = finished(resolved[i], workdir)
-        if summary is None:
-            alike.append(i)
-        else:
-            summaries[i] = summary
-    if jax.process_count() > 1 and any(len(x) % (runs_at_once or 1) for x in pending.values()):
-        raise UsageError(
-            f'--runs_at_once={runs_at_once}: must divide the number of unfinished runs that share '
-            'a program, so that each batch uses the devices of all processes'
-        )
-
-    failed: dict[pathlib.Path, RunError] = {}
-    left: ValueError | None = None
-    with Progress(sum(resolved[i].num_steps for i in itertools.chain(*pending.values()))) as bar:
-        for numbers in filter(None, pending.values()):
-            try:
-                determinism.check_process(resolved[numbers[0]].determinism.mode)
-            except ValueError as error:
-                left = error
-                continue
-            at_once = runs_at_once or fastest(resolved[numbers[0]], len(numbers), programs, bar)
-            for batch in batches([jobs[i][1] for i in numbers], at_once):
-                chosen = [numbers[i] for i in batch]
-                train_batch = train_together if at_once > 1 else train_each
-                results = train_batch([jobs[i] for i in chosen], programs, bar)
-                for i, result in zip(chosen, results, strict=True):
-                    if isinstance(result, RunError):
-                        failed[jobs[i][1]] = result
-                    else:
-                        summaries[i] = result
-    unfinished = []
-    if failed:
-        reasons = '; '.join(f'{workdir.name}: {error}' for workdir, error in failed.items())
-        unfinished.append(f'{len(failed)} of {len(jobs)} runs failed: {reasons}')
-    if left:
-        unfinished.append(f'runs are left for which the same command must be given again: {left}')
-    if unfinished:
-        raise RunError('; '.join(unfinished))
-    return [summaries[i] for i in range(len(jobs))]
-
-
-def train_each(
-    jobs: list[Job], programs: Programs, progress: Progress
-) -> list[records.Record | RunError]:
-    """Trains runs one after another; for each its summary, or what it failed with."""
-    results: list[records.Record | RunError] = []
-    for job in jobs:
-        try:
-            results.append(train(*job, programs, progress))
-        except RunError as error:
-            results.append(error)
-    return results
-
-
-def train_together(
-    jobs: list[Job], programs: Programs, progress: Progress
-) -> list[records.Record | RunError]:
-    """`train_each` as one batched program, as long as none has a damaged checkpoint."""
-    try:
-        return train_runs(jobs, programs, progress, batched=True)
-    except RunError:  # it is that of one run; each for itself they find out whose
-        return train_each(jobs, programs, progress)
-
-
-def finished(resolved: ConfigDict, workdir: pathlib.Path) -> records.Record | None:
-    """The summary of the run in `workdir` if it is finished; None if there is more to do.
-
-    Raises:
-        UsageError: it is a run of another config, in use, or its summary is damaged.
-    """
-    config_file, summary_file = workdir / 'config.json', workdir / 'summary.json'
-    if not (config_file.exists() or summary_file.exists()):
-        return None
-    with contextlib.ExitStack() as stack:
-        claim([workdir], [resolved], stack)
-        if not summary_file.exists():
-            return None
-        return records.read_json(summary_file, COLUMNS)
-
-
-def batches(workdirs: Sequence[pathlib.Path], at_once: int) -> Iterator[list[int]]:
-    """Indices of the runs to be trained together, `at_once` or, at last, those that are left.
-
-    Runs in lockstep must go on from a step of which all have a checkpoint, so those that have one
-    are put together only with such, and if there is no common step they go on alone.
-    """
-    steps = [set(checkpoint_steps(workdir)) or {0} for workdir in workdirs]
-    new = [i for i, its_steps in enumerate(steps) if its_steps == {0}]
-    begun = [i for i, its_steps in enumerate(steps) if its_steps != {0}]
-    for group in (new, begun):
-        for begin in range(0, len(group), at_once):
-            batch = group[begin : begin + at_once]
-            if set.intersection(*(steps[i] for i in batch)):
-                yield batch
-            else:
-                yield from ([i] for i in batch)
-
-
-def fastest(config: ConfigDict, number: int, programs: Programs, progress: Progress) -> int:
-    """How many of `number` runs of a resolved config to compute at once.
-
-    One on CPUs, where a batched program was never measured to be faster (docs/performance.md), and
-    in mode 'hardware', where each run is audited, and on several processes, whose clocks would not
-    agree. On accelerators each power of 4 is timed, as long as memory suffices.
-    """
-    if (
-        number == 1
-        or jax.default_backend() == 'cpu'
-        or jax.process_count() > 1
-        or config.determinism.mode == 'hardware'
-    ):
-        return 1
-    candidates = [n for n in (1, 4, 16, 64, 256, 1024) if n < number] + [number]
-    seconds: dict[int, float] = {}
-    for runs in candidates:
-        try:
-            seconds[runs] = seconds_a_call(config, runs, programs) / runs
-        except jax.errors.JaxRuntimeError as error:
-            if 'RESOURCE_EXHAUSTED' not in str(error) or not seconds:
-                raise
-            break
-    best = min(seconds, key=lambda runs: seconds[runs])
-    progress.say(f'measured: {best} runs at once are fastest')
-    return best
-
-
-def seconds_a_call(config: ConfigDict, runs: int, programs: Programs) -> float:
-    """Wall time of `steps_per_call` train steps of so many runs, from their initial states."""
-    with numbers_of(config.param_dtype):
-        batched = runs if runs > 1 else None
-        program = programs.program(config, programs.dataset(config), batched)
-        scalars = program.place_scalars([scalars_of(config)] * runs)
-        state = program.initial_state(scalars)
-        source = program.source(state, scalars, epoch=0)
-        train_steps = program.compile_train_steps(state, source)
-        count = np.int32(min(config.steps_per_call, config.num_steps))
-        times = []
-        for _ in range(1 + MEASURED_CALLS):
-            began = time.perf_counter()
-            state, _ = train_steps(state, source, count)
-            jax.block_until_ready(state)
-            times.append(time.perf_counter() - began)
-        return min(times[1:])
-
-
-# The command line.
 
 
 def parse_value(field: str, text: str) -> Any:
@@ -329,6 +122,7 @@ def run(argv: list[str]) -> None:
     values = cli.text_flags(
         seeds=None,
         runs_at_once='auto',
+        launcher=None,
         **cli.DISTRIBUTED,
         **{f'grid.{field}': None for field in fields},
     )
@@ -352,13 +146,24 @@ def run(argv: list[str]) -> None:
         )
     if len(set(folders)) < len(folders):
         raise UsageError('--grid: two runs would share a folder; their values differ too little')
+    if values.launcher is not None and values.distributed is not None:
+        raise UsageError('--launcher: each worker trains alone; leave --distributed out')
     cli.join_processes(values)
-    check_devices()  # before anything else asks for them, as below
-    try:
-        sweep([job for _, job in jobs], at_once)
-    finally:
-        if distributed.is_first():
-            write_table(jobs, workdir)
+    with contextlib.ExitStack() as stack:
+        cluster = None
+        if values.launcher is not None:
+            jax.config.update('jax_platforms', 'cpu')  # the devices here are for the workers
+            cluster = stack.enter_context(launch.connect(values.launcher, workdir))
+        check_devices()  # before anything else asks for them, as below
+        try:
+            each = [job for _, job in jobs]
+            if cluster is None:
+                sweep(each, at_once)
+            else:
+                launch.sweep_on(cluster, each, at_once)
+        finally:
+            if distributed.is_first():
+                write_table(jobs, workdir)
 
 
 def write_table(jobs: list[tuple[dict[str, Any], Job]], workdir: pathlib.Path) -> None:
@@ -367,8 +172,8 @@ def write_table(jobs: list[tuple[dict[str, Any], Job]], workdir: pathlib.Path) -
     for fields, (_, folder) in jobs:
         file = folder / 'summary.json'
         if file.exists():
-            summary = records.read_json(file, COLUMNS)
-            rows.append({'run': folder.name, **fields, **{name: summary[name] for name in COLUMNS}})
+            summary = records.read_json(file, SUMMARY)
+            rows.append({'run': folder.name, **fields, **{name: summary[name] for name in SUMMARY}})
     if rows:
         records.write_csv(workdir / 'sweep.csv', rows)
         say(f'{workdir}/sweep.csv: {len(rows)} of {len(jobs)} runs')

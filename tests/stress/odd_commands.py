@@ -229,7 +229,7 @@ def configs(fire: Fire, number: int) -> None:
             'zerojax.run.train.Recorder': mock.Mock(side_effect=Claimed),
             'jax.distributed.initialize': mock.Mock(side_effect=Claimed),
             'zerojax.run.train.Programs': lambda: programs,
-            'zerojax.sweep.Programs': lambda: programs,
+            'zerojax.run.many.Programs': lambda: programs,
             'zerojax.run.checks.device_memory': lambda: 2**30,  # spares the machine
             'zerojax.run.data._why_unreachable': lambda url, timeout: 'not asked',
         }.items():

@@ -44,16 +44,22 @@ def run_command(
 
 def exit_status(command: Callable[[], object]) -> int:
     """Runs a command; prints what it raises as one line on stderr and returns the exit status."""
+    status, message = ending(command)
+    if message:
+        terminal.complain(message)
+    return status
+
+
+def ending(command: Callable[[], object]) -> tuple[int, str]:
+    """Runs a command; the exit status, and the sentence that says why, empty for success."""
     wrong_flags = _wrong_xla_flags(os.environ.get('XLA_FLAGS', ''))
     if wrong_flags:
-        terminal.complain(f'error: XLA_FLAGS={os.environ["XLA_FLAGS"]}: {wrong_flags}')
-        return 2
+        return 2, f'error: XLA_FLAGS={os.environ["XLA_FLAGS"]}: {wrong_flags}'
     # Slow imports, so only once signals are taken care of.
     try:
         import jax
     except ValueError as error:  # of an environment variable that holds no value of its option
-        terminal.complain(f'error: environment: {error}')
-        return 2
+        return 2, f'error: environment: {error}'
     from absl import logging
 
     from zerojax.host.compilation_cache import use_compilation_cache
@@ -71,31 +77,26 @@ def exit_status(command: Callable[[], object]) -> int:
         with jax.numpy_dtype_promotion('standard'):  # Flax and optax mix dtypes
             command()
     except UsageError as error:
-        terminal.complain(f'error: {error}')
-        return 2
+        return 2, f'error: {error}'
     except RunError as error:
-        terminal.complain(f'error: {error}')
-        return 1
+        return 1, f'error: {error}'
     except OSError as error:
         where = f'{error.filename}: ' if error.filename else ''
-        terminal.complain(
+        return 1, (
             f'error: {where}{error.strerror or error}; mend that, and the same command goes on'
         )
-        return 1
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         reason = (str(error).splitlines() or ['MemoryError'])[0]
         out_of_memory = 'Out of memory' in reason or 'RESOURCE_EXHAUSTED' in reason
         if not (isinstance(error, MemoryError) or out_of_memory):
             raise
-        terminal.complain(
+        return 1, (
             f'error: memory does not suffice ({reason}); try a smaller batch_size, model.width or '
             'model.depth'
         )
-        return 1
     except Stopped as stopped:
-        terminal.complain(str(stopped))
-        return 128 + stopped.signal
-    return 0
+        return 128 + stopped.signal, str(stopped)
+    return 0, ''
 
 
 @functools.cache

@@ -20,6 +20,7 @@ PACKAGES = (
     'tensorflow-datasets', 'scikit-learn', 'numpy',
 )  # fmt: skip
 
+LAUNCHER = 'ZEROJAX_LAUNCHER'  # the variable that names what brought this process about
 
 # What is logged, checked, cached or found where decides no bit; all other options of JAX may.
 # `jax_enable_x64` each run sets to what its `param_dtype` asks for.
@@ -30,7 +31,7 @@ _HARMLESS = re.compile(
     'sharding|source|timeout|traceback|tracing|transfer|transport|verbose|visible'
 )
 # What XLA and its libraries read: kernels, precision, order of additions, number of threads.
-_VARIABLES = re.compile(
+VARIABLES = re.compile(
     'XLA_FLAGS|LIBTPU_INIT_ARGS|NVIDIA_TF32_OVERRIDE|(PJRT_)?NPROC|'
     'NCCL_(ALGO|PROTO|MIN_NCHANNELS|MAX_NCHANNELS|NTHREADS|NVLS_ENABLE|COLLNET_ENABLE)|'
     'CUBLAS(LT)?_WORKSPACE_CONFIG|TF_(CUDNN|DETERMINISTIC)_.*'
@@ -41,11 +42,12 @@ _HARMLESS_FLAGS = re.compile('--xla_(force_host_platform_device_count|dump)')
 
 def environment() -> Record:
     """What a result depends on beyond its config: versions, revision, machine, settings; and when,
-    where and by which process it was asked for."""
+    where and by which process it was asked for, and what launched that on a cluster."""
     device = jax.devices()[0]
     return {
         'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
         'pid': os.getpid(),
+        'launcher': os.environ.get(LAUNCHER),
         'host': platform.node(),
         'platform': platform.platform(),
         'python': platform.python_version(),
@@ -75,7 +77,7 @@ def settings() -> Record:
     variables = {
         name: ' '.join(x for x in text.split() if not _HARMLESS_FLAGS.match(x))
         for name, text in sorted(os.environ.items())
-        if _VARIABLES.fullmatch(name)
+        if VARIABLES.fullmatch(name)
     }
     plain = (bool, int, float, str, type(None))
     found = {name: x if isinstance(x, plain) else str(x) for name, x in options.items()}
@@ -148,7 +150,7 @@ def differences(path: pathlib.Path, facts: Record) -> list[str]:
         there, here = before['settings'].get(name), now['settings'].get(name)
         # Of options, another version of JAX has others; a variable may be set or not.
         known = name in before['settings'] and name in now['settings']
-        if there != here and (known or _VARIABLES.fullmatch(name)):
+        if there != here and (known or VARIABLES.fullmatch(name)):
             raise UsageError(
                 f'{where} with {name}={there!r}, here it is {here!r}, which may change its '
                 'numbers; set it as it was, or name another folder'

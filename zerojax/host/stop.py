@@ -9,12 +9,13 @@ from typing import Self
 
 
 class Stopped(Exception):
-    """The run was asked to stop and has saved a checkpoint; `signal` is the signal's number."""
+    """What was asked to stop has saved checkpoints; `signal` is the signal's number."""
 
-    def __init__(self, signal_number: int, step: int) -> None:
+    def __init__(self, signal_number: int, saved: str) -> None:
+        """`saved` says at which step, or by whom."""
         self.signal = signal_number
         name = signal.Signals(signal_number).name
-        super().__init__(f'{name}: stopped and saved at step {step}; the same command resumes')
+        super().__init__(f'{name}: stopped and saved {saved}; the same command resumes')
 
 
 def exit_on_signals() -> None:

@@ -14,13 +14,18 @@ from zerojax.host.manifest import read_starts
 from zerojax.host.records import Record, write_json
 
 
+class InUse(UsageError):
+    """Another process is training in the folder."""
+
+
 def lock(path: pathlib.Path) -> filelock.FileLock:
     """Makes the folder if need be; its lock, which ends with the process however that ends.
 
     A process that this one forks does not share it.
 
     Raises:
-        UsageError: it cannot be written or is in use.
+        InUse: another process has it.
+        UsageError: it cannot be written.
     """
     file = path / '.lock'
     # A lock that is not the operating system's own would outlive a process that is killed.
@@ -29,10 +34,12 @@ def lock(path: pathlib.Path) -> filelock.FileLock:
         path.mkdir(parents=True, exist_ok=True)
         held.acquire()
     except filelock.Timeout:
-        reason = 'another process is training in it; wait for it or'
         if not file.exists():  # where no file can be made, filelock waits for one to be
-            reason = 'cannot be written;'
-        raise UsageError(f'--workdir={path}: {reason} name another folder') from None
+            raise UsageError(f'--workdir={path}: cannot be written; name another folder') from None
+        raise InUse(
+            f'--workdir={path}: another process is training in it; wait for it or name another '
+            'folder'
+        ) from None
     except OSError as error:
         raise UsageError(
             f'--workdir={path}: cannot be written ({error.strerror}); name another folder'
@@ -60,7 +67,8 @@ class Workdir:
         """Locks the folder and makes sure that it is new or holds a run of the same config.
 
         Raises:
-            UsageError: it cannot be written, is in use, or holds a run of another config.
+            InUse: another process is training in it.
+            UsageError: it cannot be written, or holds a run of another config.
         """
         self.path = path
         self._lock = None if objectstore.in_store(path) else lock(path)

@@ -142,16 +142,10 @@ class Recorder:
         self.metrics.write(step, 'layers', **as_record(of_kernels | of_layer_outputs))
 
     def shown(self) -> dict[str, float | str]:
-        """Loss and accuracy of the last evaluation; asymmetry and number of broken streams then."""
+        """`shown`, of the last evaluation."""
         evaluation, symmetry = self.metrics.last('eval'), self.metrics.last('symmetry')
         assert evaluation is not None and symmetry is not None
-        by_stream = symmetry['asymmetry_by_stream'].values()
-        return {
-            'loss': evaluation['loss'],
-            'accuracy': evaluation['accuracy'],
-            'asymmetry': symmetry['asymmetry'],
-            'broken': f'{sum(value > 0 for value in by_stream)}/{len(by_stream)}',
-        }
+        return shown(evaluation, symmetry)
 
     def save(self, state: TrainState, seconds: float) -> None:
         """Saves a checkpoint; `seconds` is the time of this process."""
@@ -278,6 +272,17 @@ class Recorders:
         for run in self._runs:
             for line in run.outcome:
                 self._progress.say(line)
+
+
+def shown(evaluation: Record, symmetry: Record) -> dict[str, float | str]:
+    """Loss and accuracy, asymmetry and number of broken streams, of two lines of a step."""
+    by_stream = symmetry['asymmetry_by_stream'].values()
+    return {
+        'loss': evaluation['loss'],
+        'accuracy': evaluation['accuracy'],
+        'asymmetry': symmetry['asymmetry'],
+        'broken': f'{sum(value > 0 for value in by_stream)}/{len(by_stream)}',
+    }
 
 
 def outcome(summary: Record, workdir: pathlib.Path, drawn: bool) -> list[str]:

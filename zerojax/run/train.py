@@ -194,7 +194,7 @@ def _loop(
         recorders.save(state)
         recorders.wait()
         if not recorders.all_failed():
-            raise Stopped(stopping, step)
+            raise Stopped(stopping, f'at step {step}')
     return state
 
 

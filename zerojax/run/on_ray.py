@@ -1,0 +1,124 @@
+"""Workers of a Ray cluster: each task is one of Ray's, in a process of its own."""
+
+import contextlib
+import logging
+import os
+import re
+import signal
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+
+from zerojax.host.errors import UsageError
+from zerojax.host.manifest import VARIABLES
+from zerojax.run.worker import Lost, Outcome, Task, train_task
+
+CONNECT_SECONDS = 10
+STOP_SECONDS = 60  # for checkpoints to be saved
+ACCELERATORS = ('GPU', 'TPU')  # as Ray calls them
+
+
+@contextlib.contextmanager
+def connect(address: str | None) -> Iterator['OnRay']:
+    """The cluster at an address, as `ray.init` takes it; None: the one that Ray finds, or one of
+    this machine alone, which ends with this process.
+
+    Raises:
+        UsageError: it cannot be reached.
+    """
+    where = address or os.environ.get('RAY_ADDRESS', '')
+    flag = f'--launcher=ray{f":{address}" if address else ""}'
+    _check_reachable(where, flag)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        ray.init(address, logging_level=logging.ERROR, log_to_driver=False)
+    except (ValueError, ConnectionError, RuntimeError) as error:
+        reason = str(error).partition('\n')[0]
+        raise UsageError(f'{flag}: no Ray cluster can be had ({reason})') from error
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)  # Ray has its own
+    try:
+        yield OnRay()
+    finally:
+        ray.shutdown()
+
+
+def _check_reachable(address: str, flag: str) -> None:
+    """Raises UsageError if nobody answers at HOST:PORT, which Ray would wait for for minutes."""
+    found = re.fullmatch(r'(?:ray://)?\[?([^/]+?)\]?:(\d{1,5})/?', address)
+    if found is None:
+        return
+    try:
+        with socket.create_connection((found[1], int(found[2])), timeout=CONNECT_SECONDS):
+            pass
+    except (OSError, OverflowError) as error:
+        raise UsageError(f'{flag}: nobody answers at {address} ({error})') from error
+
+
+class OnRay:
+    """A `zerojax.run.launch.Cluster`."""
+
+    def _needs(self, devices: int) -> dict[str, float]:
+        """The resources of a task, by Ray's names.
+
+        On CPUs all of a node, of those that have most: runs share cores with no others then.
+        """
+        nodes = self._nodes()
+        if os.environ.get('JAX_PLATFORMS') != 'cpu':
+            for kind in ACCELERATORS:
+                if any(kind in node for node in nodes):
+                    return {kind: devices}
+        return {'CPU': max((node.get('CPU', 0) for node in nodes), default=0) or 1}
+
+    def _nodes(self) -> list[dict[str, float]]:
+        """The resources of each node that is there."""
+        return [node['Resources'] for node in ray.nodes() if node['Alive']]
+
+    def workers(self, devices: int) -> int:
+        ((kind, number),) = self._needs(devices).items()
+        return sum(int(node.get(kind, 0) // number) for node in self._nodes())
+
+    def submit(self, tasks: list[Task]) -> list[Any]:
+        # What decides bits is as in this process. Ray would tell libraries how many threads to use;
+        # an empty value keeps it from doing so.
+        variables = {
+            name: value
+            for name, value in os.environ.items()
+            if name.startswith('JAX_') or VARIABLES.fullmatch(name)
+        }
+        variables['OMP_NUM_THREADS'] = os.environ.get('OMP_NUM_THREADS', '')
+        tickets = []
+        for task in tasks:
+            needs = self._needs(task.devices)
+            # A process of its own, whose memory and mode of determinism end with it. Its runs are
+            # submitted anew by `launch`, without those that are finished.
+            train = ray.remote(max_calls=1, max_retries=0)(train_task).options(
+                num_cpus=needs.pop('CPU', 0),
+                num_gpus=needs.pop('GPU', 0),
+                resources=needs,
+                runtime_env={'env_vars': variables},
+                name=f'zerojax: {len(task.jobs)} runs, {task.jobs[0][1].name}, ...',
+            )
+            tickets.append(train.remote(task, 'ray'))
+        return tickets
+
+    def outcome(self, ticket: Any) -> Outcome | Lost | None:
+        ready, _ = ray.wait([ticket], timeout=0)
+        if not ready:
+            return None
+        try:
+            outcome: Outcome = ray.get(ticket)
+        except ray.exceptions.RayTaskError:
+            raise  # a fault of this program
+        except ray.exceptions.RayError as error:
+            return Lost(str(error).partition('\n')[0])
+        return outcome
+
+    def stop(self, tickets: list[Any]) -> None:
+        for ticket in tickets:
+            ray.cancel(ticket, force=False)  # SIGINT, as if from a terminal
+        if tickets:
+            ray.wait(tickets, num_returns=len(tickets), timeout=STOP_SECONDS)

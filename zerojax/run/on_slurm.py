@@ -1,0 +1,95 @@
+"""Workers are jobs of Slurm, submitted as arrays through submitit."""
+
+import contextlib
+import importlib.util
+import itertools
+import os
+import pathlib
+import shutil
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import submitit
+
+from zerojax.host.errors import UsageError
+from zerojax.run.worker import Lost, Outcome, Task, train_task
+
+WORKERS = 32  # jobs of an array; how many Slurm will run at once, nobody knows before
+LOCAL_WORKERS = 2
+MINUTES = 24 * 60  # of a job, unless SBATCH_TIMELIMIT says otherwise
+STOP_SECONDS = 60  # for checkpoints to be saved
+
+
+@contextlib.contextmanager
+def connect(workdir: pathlib.Path) -> Iterator['OnSlurm']:
+    """Slurm, as the commands of this machine reach it; what is submitted is in `workdir`/submitit.
+
+    With ZEROJAX_SLURM=local in the environment jobs are processes of this machine, for tests.
+
+    Raises:
+        UsageError: the commands are not there.
+    """
+    local = os.environ.get('ZEROJAX_SLURM') == 'local'
+    missing = [name for name in ('sbatch', 'srun') if shutil.which(name) is None]
+    if missing and not local:
+        raise UsageError(
+            f'--launcher=slurm: there is no {missing[0]} here; start the sweep on a machine from '
+            'which jobs are submitted'
+        )
+    yield OnSlurm(workdir.absolute() / 'submitit', local)
+
+
+class OnSlurm:
+    """A `zerojax.run.launch.Cluster`."""
+
+    def __init__(self, folder: pathlib.Path, local: bool) -> None:
+        self._local = local
+        self._folder = folder
+
+    def workers(self, devices: int) -> int:
+        return LOCAL_WORKERS if self._local else WORKERS
+
+    def submit(self, tasks: list[Task]) -> list[Any]:
+        jobs = []
+        for devices, alike in itertools.groupby(tasks, key=lambda task: task.devices):
+            arrays = list(alike)
+            executor = self._executor(devices)
+            jobs += executor.map_array(train_task, arrays, ['slurm'] * len(arrays))
+        return jobs
+
+    def _executor(self, devices: int) -> Any:
+        executor = submitit.AutoExecutor(self._folder, 'local' if self._local else 'slurm')
+        # Tasks are not bound to cores: bits depend on how many there are.
+        executor.update_parameters(
+            name='zerojax', timeout_min=MINUTES, slurm_srun_args=['--cpu-bind=none']
+        )
+        if self._on_gpus():
+            executor.update_parameters(gpus_per_node=devices)
+        else:
+            executor.update_parameters(slurm_exclusive=True)  # all cores of a node
+        return executor
+
+    def _on_gpus(self) -> bool:
+        """Whether JAX here has its plugin for CUDA, and is not told to leave it."""
+        plugins = ('jax_cuda12_plugin', 'jax_cuda13_plugin')
+        there = any(importlib.util.find_spec(name) for name in plugins)
+        return there and os.environ.get('JAX_PLATFORMS') != 'cpu'
+
+    def outcome(self, job: Any) -> Outcome | Lost | None:
+        if not job.done():
+            return None
+        try:
+            outcome: Outcome = job.result()
+        except submitit.core.utils.FailedJobError:
+            raise  # a fault of this program
+        except submitit.core.utils.UncompletedJobError as error:
+            return Lost(str(error).partition('\n')[0])
+        return outcome
+
+    def stop(self, jobs: list[Any]) -> None:
+        for job in jobs:
+            job.cancel(check=False)
+        deadline = time.monotonic() + STOP_SECONDS
+        while time.monotonic() < deadline and not all(job.done(force_check=True) for job in jobs):
+            time.sleep(1)
