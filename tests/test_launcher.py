@@ -1,9 +1,12 @@
 """A sweep on real workers that are killed: it ends with the bits of a sweep on one machine."""
 
+import ast
 import contextlib
 import csv
+import importlib.util
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -55,16 +58,24 @@ def alone(environment, tmp_path_factory):
     return workdir
 
 
+def needs(library):
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f'needs {library}')
+
+
 @pytest.fixture(scope='module')
 def nodes(environment):
     """A cluster of Ray of two nodes: what to write to, and its address."""
-    pytest.importorskip('ray', reason='needs ray')
-    with tempfile.TemporaryDirectory(prefix='zr') as folder:  # short, for names of sockets
-        process = subprocess.Popen(
+    needs('ray')
+    with (
+        tempfile.TemporaryDirectory(prefix='zr') as folder,  # short, for names of sockets
+        subprocess.Popen(
             [sys.executable, ROOT / 'tests' / 'ray_nodes.py', folder], text=True, env=environment,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        ) as process,
+    ):  # fmt: skip
         address = process.stdout.readline().strip()
+        assert address, 'no cluster could be started'
         yield process, f'--launcher=ray:{address}'
         process.stdin.close()
         process.wait(120)
@@ -73,8 +84,20 @@ def nodes(environment):
 @pytest.fixture
 def submitit(environment):
     """The environment in which jobs of Slurm are processes of this machine."""
-    pytest.importorskip('submitit', reason='needs submitit')
+    needs('submitit')
     return environment | {'ZEROJAX_SLURM': 'local'}
+
+
+@pytest.fixture
+def slurm(environment, tmp_path_factory):
+    """The environment in which the commands of Slurm are those of slurm_commands.py."""
+    needs('submitit')
+    folder = tmp_path_factory.mktemp('slurm')
+    text = (ROOT / 'tests' / 'slurm_commands.py').read_text()
+    for name in ('sbatch', 'srun', 'sacct', 'scancel'):
+        (folder / name).write_text(f'#!{sys.executable}\n{text}')
+        (folder / name).chmod(0o755)
+    return environment | {'PATH': f'{folder}:{environment["PATH"]}', 'FOLDER': str(folder)}
 
 
 def manifest(folder):
@@ -135,6 +158,28 @@ def test_runs_of_a_killed_worker_go_on_from_their_checkpoints(environment, alone
     assert [start['step'] for start in manifest(folder)['starts']][1] > 0
 
 
+def test_workers_that_lack_zerojax_are_a_mistake(environment, nodes, tmp_path):
+    """Here they lack a module that this process has."""
+    (tmp_path / 'only_here.py').write_text('def train(): ...\n')
+    code = f"""
+import sys, time, ray
+from zerojax.run import on_ray
+with on_ray.connect({nodes[1].removeprefix('--launcher=ray:')!r}) as cluster:
+    sys.path.append({str(tmp_path)!r})
+    import only_here
+    ticket = ray.remote(only_here.train).remote()
+    while True:
+        assert cluster.outcome(ticket) is None
+        time.sleep(0.1)
+"""
+    done = subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, text=True, env=environment, cwd=ROOT
+    )
+    assert (
+        'UsageError: --launcher=ray: the workers cannot import zerojax (ModuleNotF' in done.stderr
+    )
+
+
 def test_a_driver_that_is_stopped_or_killed_goes_on(environment, alone, nodes, tmp_path):
     driver = Sweep(environment, tmp_path, nodes[1])
     first = in_the_middle(tmp_path, driver)
@@ -174,6 +219,23 @@ def test_the_runs_of_a_killed_job_are_submitted_again(submitit, alone, tmp_path)
     assert 'a worker was lost (' in driver.end()
     whole(tmp_path, alone, 'slurm')
     assert sum(starts(tmp_path).values()) == 5
+
+
+def test_tasks_are_an_array_of_slurm_which_is_cancelled_and_goes_on(slurm, alone, tmp_path):
+    driver = Sweep(slurm, tmp_path, '--launcher=slurm')
+    folder = in_the_middle(tmp_path, driver)
+    driver.terminate()
+    driver.end(status=143)
+    assert not (folder / 'summary.json').exists()
+    Sweep(slurm, tmp_path, '--launcher=slurm').end()
+    whole(tmp_path, alone, 'slurm')
+    assert manifest(folder)['starts'][1]['step'] > 0
+    submitted = pathlib.Path(slurm['FOLDER'], 'submitted').read_text()
+    arrays = [ast.literal_eval(line) for line in submitted.splitlines()]
+    assert arrays[0]['array'] == '0-3%4', 'each run is a task of its own'
+    for options in arrays:
+        assert 'exclusive' in options, 'all cores of a node'
+        assert options['time'] == '1440'
 
 
 def test_a_killed_node_takes_no_run_with_it(environment, alone, nodes, tmp_path):

@@ -211,7 +211,10 @@ def test_the_runs_of_a_lost_worker_are_submitted_again_but_for_those_finished(jo
     assert names_of(launch.sweep_on(cluster, jobs, None)) == 'abcdef'
     assert cluster.submitted[:3] == [['a', 'b', 'c'], ['e', 'f'], ['d']]
     assert sorted(run for task in cluster.submitted[3:] for run in task) == ['b', 'c']
-    assert 'a worker was lost (gone): what it left unfinished, 2 runs' in capsys.readouterr().out
+    assert (
+        'a worker was lost (gone); on another go on from their checkpoints: b, c'
+        in capsys.readouterr().out
+    )
 
 
 def test_a_run_that_always_ends_its_worker_fails_alone(jobs):
@@ -228,6 +231,21 @@ def test_workers_may_be_lost_for_ever_if_each_gets_further(jobs):
     cluster = Workers(deaths={'a': 9}, further=1)
     assert names_of(launch.sweep_on(cluster, jobs, None)) == 'abcdef'
     assert sum('a' in task for task in cluster.submitted) == 10
+
+
+def test_without_a_worker_nothing_is_submitted(jobs, capsys):
+    class Later(Workers):
+        asked = 0
+
+        def workers(self, devices):
+            self.asked += 1
+            assert self.asked < 4 or not self.submitted
+            return 0 if self.asked < 4 else 2
+
+    cluster = Later()
+    assert names_of(launch.sweep_on(cluster, jobs, None)) == 'abcdef'
+    assert cluster.submitted[0] == ['a', 'b', 'c']
+    assert capsys.readouterr().out.count('no worker is there that has what a task needs') == 1
 
 
 def test_a_run_that_another_process_trains_is_left_to_it(jobs, capsys):

@@ -189,12 +189,15 @@ class _Driver:
                 )
         if left and not outcome.in_use:
             self._bar.say(
-                f'a worker was lost ({reason or "without a word"}): what it left unfinished, '
-                f'{len(left)} runs, goes on from its checkpoints on another'
+                f'a worker was lost ({reason or "without a word"}); on another go on from their '
+                f'checkpoints: {", ".join(map(self._plan.name, left))}'
             )
 
     def _submit(self, numbers: list[int]) -> None:
-        """As tasks; a run whose worker was lost before anything was trained is one of its own."""
+        """As tasks, if there is a worker.
+
+        A run whose worker was lost before anything was trained is one of its own.
+        """
         if not numbers:
             return
         plan = self._plan
@@ -205,7 +208,8 @@ class _Driver:
         workers = self._cluster.workers(max(devices.values()))
         if not workers:
             self._say_once('no worker is there that has what a task needs; waiting for one')
-        parts = split(list(filter(None, together)), max(workers, 1), self._runs_at_once or 1)
+            return
+        parts = split(list(filter(None, together)), workers, self._runs_at_once or 1)
         parts += alone
         tickets = self._cluster.submit(
             [

@@ -17,7 +17,7 @@ from zerojax.run.worker import Lost, Outcome, Task, train_task
 
 CONNECT_SECONDS = 10
 STOP_SECONDS = 60  # for checkpoints to be saved
-ACCELERATORS = ('GPU', 'TPU')  # as Ray calls them
+RESOURCES = {'cpu': 'CPU', 'cuda': 'GPU', 'gpu': 'GPU', 'tpu': 'TPU'}  # of JAX's platforms
 
 
 @contextlib.contextmanager
@@ -62,15 +62,17 @@ class OnRay:
     """A `zerojax.run.launch.Cluster`."""
 
     def _needs(self, devices: int) -> dict[str, float]:
-        """The resources of a task, by Ray's names.
+        """The resources of a task, by Ray's names: devices of the kind that JAX_PLATFORMS names, or
+        else that the cluster has.
 
-        On CPUs all of a node, of those that have most: runs share cores with no others then.
+        On CPUs all of a node, of those that have most: then runs share cores with no others.
         """
         nodes = self._nodes()
-        if os.environ.get('JAX_PLATFORMS') != 'cpu':
-            for kind in ACCELERATORS:
-                if any(kind in node for node in nodes):
-                    return {kind: devices}
+        platform = os.environ.get('JAX_PLATFORMS', '').partition(',')[0]
+        there = [kind for kind in ('GPU', 'TPU') if any(kind in node for node in nodes)]
+        kind = RESOURCES.get(platform) or next(iter(there), 'CPU')
+        if kind != 'CPU':
+            return {kind: devices}
         return {'CPU': max((node.get('CPU', 0) for node in nodes), default=0) or 1}
 
     def _nodes(self) -> list[dict[str, float]]:
@@ -111,8 +113,14 @@ class OnRay:
             return None
         try:
             outcome: Outcome = ray.get(ticket)
-        except ray.exceptions.RayTaskError:
-            raise  # a fault of this program
+        except ray.exceptions.RayTaskError as error:
+            if 'failed to import on the worker' not in str(error):
+                raise  # a fault of this program
+            reason = str(error).strip().splitlines()[-1]
+            raise UsageError(
+                f'--launcher=ray: the workers cannot import zerojax ({reason}); install it where '
+                'they run, of the same version'
+            ) from error
         except ray.exceptions.RayError as error:
             return Lost(str(error).partition('\n')[0])
         return outcome

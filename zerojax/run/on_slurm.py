@@ -18,6 +18,7 @@ from zerojax.run.worker import Lost, Outcome, Task, train_task
 WORKERS = 32  # jobs of an array; how many Slurm will run at once, nobody knows before
 LOCAL_WORKERS = 2
 MINUTES = 24 * 60  # of a job, unless SBATCH_TIMELIMIT says otherwise
+ASK_SECONDS = 60  # submitit alone would wait for up to ten minutes
 STOP_SECONDS = 60  # for checkpoints to be saved
 
 
@@ -46,6 +47,7 @@ class OnSlurm:
     def __init__(self, folder: pathlib.Path, local: bool) -> None:
         self._local = local
         self._folder = folder
+        self._asked = time.monotonic()
 
     def workers(self, devices: int) -> int:
         return LOCAL_WORKERS if self._local else WORKERS
@@ -77,7 +79,11 @@ class OnSlurm:
         return there and os.environ.get('JAX_PLATFORMS') != 'cpu'
 
     def outcome(self, job: Any) -> Outcome | Lost | None:
-        if not job.done():
+        # Slurm is asked of all jobs at once, and seldom; a job that ends well is seen by its files.
+        force = time.monotonic() - self._asked > ASK_SECONDS
+        if force:
+            self._asked = time.monotonic()
+        if not job.done(force_check=force):
             return None
         try:
             outcome: Outcome = job.result()
