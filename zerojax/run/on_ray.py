@@ -34,7 +34,7 @@ def connect(address: str | None) -> Iterator['OnRay']:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         ray.init(address, logging_level=logging.ERROR, log_to_driver=False)
-    except (ValueError, ConnectionError, RuntimeError) as error:
+    except (ValueError, ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
         reason = str(error).partition('\n')[0]
         raise UsageError(f'{flag}: no Ray cluster can be had ({reason})') from error
     finally:
