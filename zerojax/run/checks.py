@@ -127,33 +127,21 @@ def check_mode(mode: str) -> None:
         raise UsageError(f'determinism.{error}') from error
 
 
-def check_structure(config: ConfigDict, dataset: Dataset) -> None:
+def check_structure(config: ConfigDict, dataset: Dataset, *, here: bool = True) -> None:
     """Checks a resolved config without compiling anything, so that no other run is trained first.
+
+    Unless it is trained `here`, nothing that depends on the devices is checked.
 
     Raises:
         UsageError: the mode cannot be granted, the network is too large, or as `check_layers`.
     """
-    check_mode(config.determinism.mode)
+    if here:
+        check_mode(config.determinism.mode)
     with numbers_of(config.param_dtype):
-        check_memory(config, _new_state_of(config, dataset))
-    check_fields(config, dataset)
-
-
-def check_fields(config: ConfigDict, dataset: Dataset) -> None:
-    """`check_structure`, as far as it does not depend on the devices.
-
-    Raises:
-        UsageError: as `check_layers`.
-    """
-    with numbers_of(config.param_dtype):
-        state = jax.eval_shape(_new_state_of(config, dataset), scalars_of(config))
         model = config_lib.build_model(config, dataset.num_classes)
+        new = functools.partial(new_state, config, model, dataset.image_shape)
+        state = check_memory(config, new) if here else jax.eval_shape(new, scalars_of(config))
         check_layers(config, state.params, model.feature_axes()['params'])
-
-
-def _new_state_of(config: ConfigDict, dataset: Dataset) -> Callable[[Scalars], TrainState]:
-    model = config_lib.build_model(config, dataset.num_classes)
-    return functools.partial(new_state, config, model, dataset.image_shape)
 
 
 def check_layers(config: ConfigDict, params: Tree, feature_axes: Tree) -> None:
@@ -253,11 +241,11 @@ def check_initial_weights(
         )
 
 
-def check_memory(config: ConfigDict, new: Callable[[Scalars], TrainState]) -> None:
+def check_memory(config: ConfigDict, new: Callable[[Scalars], TrainState]) -> TrainState:
     """Checks that a run's weights, their gradient and the optimizer's state fit into memory.
 
     Activations come on top; what they need is known only to the compiler. `new` is the config's
-    `new_state`.
+    `new_state`; what it would return comes back, with shapes in place of arrays.
 
     Raises:
         UsageError: they do not.
@@ -273,6 +261,7 @@ def check_memory(config: ConfigDict, new: Callable[[Scalars], TrainState]) -> No
             f'weights with gradient and optimizer need {needed / 2**30:,.1f} GiB of memory; '
             f'must be at most {there / 2**30:,.1f}, what there is'
         )
+    return state
 
 
 def device_memory() -> int:

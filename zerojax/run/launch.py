@@ -187,10 +187,11 @@ class _Driver:
                 self._fail(
                     i, f'its worker was lost {TRIES} times before anything was trained ({reason})'
                 )
-        if left and not outcome.in_use:
+        going_on = [self._plan.name(i) for i in left if i in self.waiting]
+        if going_on and not outcome.in_use:
             self._bar.say(
                 f'a worker was lost ({reason or "without a word"}); on another go on from their '
-                f'checkpoints: {", ".join(map(self._plan.name, left))}'
+                f'checkpoints: {", ".join(going_on)}'
             )
 
     def _submit(self, numbers: list[int]) -> None:
@@ -201,8 +202,8 @@ class _Driver:
         if not numbers:
             return
         plan = self._plan
-        groups = [[i for i in alike if i in numbers] for alike in plan.pending.values()]
-        together = [[i for i in group if not self._losses[i]] for group in groups]
+        sound = {i for i in numbers if not self._losses[i]}
+        together = [[i for i in alike if i in sound] for alike in plan.pending.values()]
         alone = [[i] for i in numbers if self._losses[i]]
         devices = {i: plan.resolved[i].mesh.data for i in numbers}
         workers = self._cluster.workers(max(devices.values()))

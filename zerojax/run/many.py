@@ -18,7 +18,7 @@ from zerojax.host.errors import RunError, UsageError
 from zerojax.host.progress import Progress
 from zerojax.host.workdir import InUse
 from zerojax.run.building import scalars_of, structure
-from zerojax.run.checks import check_devices, check_fields, check_structure, resolve
+from zerojax.run.checks import check_devices, check_structure, resolve
 from zerojax.run.program import Programs
 from zerojax.run.restore import claim
 from zerojax.run.train import absolute_workdir, train, train_runs
@@ -131,7 +131,6 @@ def make_plan(
         ]
     )
     check_devices()
-    check = check_fields if elsewhere else check_structure
     # In an order in which each dataset is loaded once.
     for i in sorted(range(len(jobs)), key=lambda i: str(plan.jobs[i][0].dataset)):
         config, workdir = plan.jobs[i]
@@ -140,7 +139,7 @@ def make_plan(
             plan.resolved[i] = resolve(config, dataset)
             kind = structure(plan.resolved[i])
             if kind not in plan.pending:
-                check(plan.resolved[i], dataset)
+                check_structure(plan.resolved[i], dataset, here=not elsewhere)
         except UsageError as error:
             raise UsageError(f'{workdir.name}: {error}') from error
         alike = plan.pending.setdefault(kind, [])
