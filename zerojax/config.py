@@ -21,6 +21,10 @@ from zerojax.host.errors import UsageError
 from zerojax.models import convolutions
 from zerojax.step import determinism, pruning
 
+__all__ = [
+    'DATASETS', 'as_json', 'build_model', 'build_perturbation', 'check', 'default_config', 'read',
+]  # fmt: skip
+
 
 class DatasetFacts(NamedTuple):
     """What is known of an image set without having it.

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+__all__ = ['count', 'crossings', 'margins']
+
 Tree = Any
 Margins = dict[str, jax.Array]
 

@@ -37,6 +37,8 @@ from flax.traverse_util import unflatten_dict
 from zerojax.symmetry.bits import bit_patterns
 from zerojax.symmetry.orbits import Orbits, Path, Tree, named_axes
 
+__all__ = ['Quotient', 'average', 'average_gradients', 'counted', 'expand', 'reduce', 'shares']
+
 
 def shares(counts: Mapping[str, int], m: int) -> Orbits:
     """Orbits of m features a stream: feature d is in that of all d + n · m.
