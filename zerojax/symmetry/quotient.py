@@ -136,7 +136,7 @@ def _check_length(path: Path, name: str, length: int, fitting: int | None) -> No
 def _sizes(x: jax.Array, axis: int, name: str, orbits: Orbits) -> np.ndarray:
     """Number of features of each orbit, in the shape and dtype to multiply `x` along the axis."""
     _, sizes = np.unique(orbits.first[name], return_counts=True)
-    others = [each for each in range(x.ndim) if each != axis]
+    others = tuple(each for each in range(x.ndim) if each != axis)
     return np.expand_dims(sizes.astype(x.dtype), others)
 
 
