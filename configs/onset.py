@@ -12,7 +12,7 @@ import runpy
 
 from ml_collections import ConfigDict
 
-DIGITS = pathlib.Path(__file__).with_name('digits.py')
+DIGITS = pathlib.Path(__file__).with_name('digits.py')  # in the wheel too
 
 
 def get_config(variant: str = '') -> ConfigDict:
