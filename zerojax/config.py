@@ -21,9 +21,7 @@ from zerojax.host.errors import UsageError
 from zerojax.models import convolutions
 from zerojax.step import determinism, pruning
 
-__all__ = [
-    'DATASETS', 'as_json', 'build_model', 'build_perturbation', 'check', 'default_config', 'read',
-]  # fmt: skip
+__all__ = ['check', 'default_config', 'read']
 
 
 class DatasetFacts(NamedTuple):

@@ -15,7 +15,6 @@ from jax.nn.initializers import Initializer, variance_scaling, zeros
 
 __all__ = [
     'averaging', 'fixup', 'hadamard', 'lettered', 'random_control', 'repeated', 'tiled_identity',
-    'zeros',
 ]  # fmt: skip
 
 LETTERS = {
