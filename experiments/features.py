@@ -2,10 +2,10 @@
 
     python -m experiments.features
 
-Trains the network with noise of 1e-6 on its initial weights and without, and draws what each feature
-of the last stream (a row) gives to each class (a column) at some steps, each on a scale of its own:
-equal rows are equal features. The figure is of seed 0. Two runs on the digits, two minutes on two
-CPU cores. See `experiments.runs` for flags and restarts.
+Trains the network with noise of 1e-6 on its initial weights and without, and draws what each
+feature of the last stream (a row) gives to each class (a column) at some steps, each on a scale of
+its own: equal rows are equal features. The figure is of seed 0. Two runs on the digits, two minutes
+on two CPU cores. See `experiments.runs` for flags and restarts.
 """
 
 import sys
@@ -24,7 +24,7 @@ ARMS: dict[str, dict[str, object]] = {
 
 
 def head_kernels(run: runs.FinishedRun, steps: list[int]) -> list[np.ndarray]:
-    """The weights from the last stream's features to the classes [C, N], after each of the steps."""
+    """The weights from the last stream's features to the classes [C, N], after each step."""
     with Checkpoints(run.workdir / 'checkpoints', read_only=True) as checkpoints:
         found = [checkpoints.read_variables(step) for step in steps]
     return [np.asarray(variables['params']['head']['kernel']) for variables in found]

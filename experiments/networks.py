@@ -15,8 +15,11 @@ GREY = '0.6'
 
 
 def box(axes: Any, x: float, y: float, text: str, left: str, right: str) -> None:
-    """A layer: its left half in the colour of the stream that it reads, its right half of its own."""
-    for color, alpha in (('white', 1), (None, 0.35)):  # opaque below, so that no line shines through
+    """A layer: its left half in the colour of the stream that it reads, its right of its own."""
+    for color, alpha in (
+        ('white', 1),
+        (None, 0.35),
+    ):  # opaque below, so that no line shines through
         for at, own in ((x - HALF, left), (x, right)):
             axes.add_patch(
                 Rectangle((at, y - 0.3), HALF, 0.6, fc=color or own, lw=0, alpha=alpha, zorder=2)
