@@ -16,10 +16,8 @@ GREY = '0.6'
 
 def box(axes: Any, x: float, y: float, text: str, left: str, right: str) -> None:
     """A layer: its left half in the colour of the stream that it reads, its right of its own."""
-    for color, alpha in (
-        ('white', 1),
-        (None, 0.35),
-    ):  # opaque below, so that no line shines through
+    # Opaque below, so that no line shines through.
+    for color, alpha in (('white', 1), (None, 0.35)):
         for at, own in ((x - HALF, left), (x, right)):
             axes.add_patch(
                 Rectangle((at, y - 0.3), HALF, 0.6, fc=color or own, lw=0, alpha=alpha, zorder=2)
@@ -80,14 +78,11 @@ def draw_network(axes: Any, model: StagedNetwork, title: str) -> None:
 def draw() -> Figure:
     """ConstNet and LeakyNet of ten layers, from their own declarations."""
     figure, (above, below) = runs.new_figure(2, 1, width=11, height=4.2)
-    draw_network(
-        above,
-        models.create('constnet', depth=10, width=1),
-        'ConstNet-10-1: a residual connection adds to the same features, so a stage is one stream',
-    )
-    draw_network(
-        below,
-        models.create('leakynet', depth=10, width=1, init='1_ii_ii_ii'),
-        'LeakyNet-10-1: no skip connections, so every layer makes a stream of its own',
-    )
+    constnet = models.create('constnet', depth=10, width=1)
+    leakynet = models.create('leakynet', depth=10, width=1, init='1_ii_ii_ii')
+    assert isinstance(constnet, StagedNetwork) and isinstance(leakynet, StagedNetwork)
+    title = 'ConstNet-10-1: residual connections add to the same features; a stage is one stream'
+    draw_network(above, constnet, title)
+    title = 'LeakyNet-10-1: no skip connections, so every layer makes a stream of its own'
+    draw_network(below, leakynet, title)
     return figure
