@@ -21,7 +21,9 @@ extensions = [
 ]
 html_theme = 'sphinx_book_theme'
 html_title = f'zerojax {version}'
-html_theme_options = {'show_toc_level': 2}
+html_theme_options = {'show_toc_level': 2, 'navbar_persistent': []}
+html_static_path = ['_static']
+html_css_files = ['site.css']
 html_show_sourcelink = False
 
 # Markdown: links to headings as on GitHub, $formulas$.
