@@ -79,6 +79,8 @@ def test_the_fixture_is_right(config):
         ('optimizer.b2', -0.1, 'at least 0'), ('optimizer.b1', 0.5, 'sgd has no use for it'),
         ('dataset.mean', (10**400,), 'finite'), ('model.depth', 10003, '10000'),
         ('optimizer.freeze', '(', 'regular expression'),
+        ('optimizer.freeze', 'a{99999999999}', 'regular expression'),
+        ('perturbation.layers', '(' * 5000 + ')' * 5000, 'regular expression'),
         ('pruning.fraction', 0.5, 'needs pruning.source'), ('pruning.fraction', 1.0, 'below 1'),
         ('pruning.mask', 'x', 'magnitude, random'), ('pruning.layers', '(', 'regular expression'),
         ('pruning.rewind_step', -1, 'from 0'), ('pruning.seed', -1, 'from 0'),

@@ -162,7 +162,7 @@ def _below_1() -> Rule:
 def _is_pattern(value: str) -> bool:
     try:
         re.compile(value)
-    except re.error:
+    except (re.error, OverflowError, RecursionError):
         return False
     return True
 

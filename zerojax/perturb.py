@@ -151,7 +151,7 @@ class Perturbation:
             )
         try:
             re.compile(self.layers)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f'layers={self.layers!r}: not a regular expression: {error}') from None
 
     def due(self, step: jax.Array) -> jax.Array:

@@ -129,7 +129,8 @@ class _ConfigFile(flags.ArgumentParser[Any]):
         try:
             file.open().close()
         except OSError as error:
-            raise UsageError(f'{where}: cannot be read ({error.strerror})') from error
+            file_name = f': {file}; what follows the colon is a variant' if colon else ''
+            raise UsageError(f'{where}: cannot be read ({error.strerror}{file_name})') from error
         return self._parser.parse(f'{file}{colon}{variant}')
 
     def flag_type(self) -> str:
