@@ -6,12 +6,14 @@ import sys
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # this checkout's docstrings, whatever is installed
 
-from zerojax import __version__  # noqa: E402
+from sphinx.util import logging  # noqa: E402
+
+import zerojax  # noqa: E402
 
 project = 'zerojax'
 author = 'The zerojax authors'
 copyright = 'The zerojax authors, Apache-2.0'
-version = release = __version__
+version = release = zerojax.__version__
 
 extensions = [
     'myst_nb',
@@ -85,6 +87,16 @@ def link(app, env, node, content):
     return content if node['reftype'] == 'obj' else None
 
 
+def check_reference(app, env):
+    """Warns of names that are public and not in the reference."""
+    for name in zerojax.__all__:
+        module = getattr(zerojax, name)
+        for each in getattr(module, '__all__', ()):
+            if f'{module.__name__}.{each}' not in env.get_domain('py').objects:
+                logging.getLogger('conf').warning(f'{module.__name__}.{each}: not documented')
+
+
 def setup(app):
     app.connect('autodoc-process-docstring', make_literal, priority=400)  # before napoleon
     app.connect('missing-reference', link)
+    app.connect('env-check-consistency', check_reference)
