@@ -1,6 +1,7 @@
 """How the site is built: python -m sphinx -W --keep-going -n -b html docs OUT."""
 
 import pathlib
+import re
 import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -58,14 +59,25 @@ nitpick_ignore_regex = [
 ] + [('py:.*', r'(collections|pathlib|typing)\..*')]
 
 
-def make_literal(app, what, name, obj, options, lines):
+def make_plain(app, what, name, obj, options, lines):
     """Docstrings are plain text: what is indented after a colon is code, a table or a command."""
     if what == 'module' and 'python -m zerojax.' in '\n'.join(lines):  # what --help prints
         lines[:] = ['::', '', *(f'    {line}' for line in lines)]
         return
+    code = None  # its indentation
     for i, line in enumerate(lines[:-2]):
-        if line.endswith(':') and not lines[i + 1] and lines[i + 2].startswith('    '):
-            lines[i] += ':'
+        if code is not None and line and not line.startswith(code):
+            code = None
+        if code is None:
+            # In `code` and *emphasis* they mean something, elsewhere themselves.
+            lines[i] = re.sub(
+                r'`[^`]*`|\*\w[\w ]*\*|([*|])', lambda x: f'\\{x[1]}' if x[1] else x[0], line
+            )
+            code = line[: len(line) - len(line.lstrip())] + '    '
+            if line.endswith(':') and not lines[i + 1] and lines[i + 2].startswith(code):
+                lines[i] += ':'
+            else:
+                code = None
 
 
 def link(app, env, node, content):
@@ -97,6 +109,6 @@ def check_reference(app, env):
 
 
 def setup(app):
-    app.connect('autodoc-process-docstring', make_literal, priority=400)  # before napoleon
+    app.connect('autodoc-process-docstring', make_plain, priority=400)  # before napoleon
     app.connect('missing-reference', link)
     app.connect('env-check-consistency', check_reference)
