@@ -68,7 +68,7 @@ class Growth:
 
     @property
     def log_asymmetry(self) -> np.ndarray:
-        """[N + 1, k]: the largest of any stream."""
+        """The largest of any stream, [N + 1, k]."""
         return np.max(list(self.log_by_stream.values()), axis=0)
 
     def exponents(self) -> np.ndarray:

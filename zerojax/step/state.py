@@ -25,7 +25,8 @@ class TrainState:
 
     Attributes:
         step: number of updates done, int32 [].
-        params, batch_stats: the network's variables.
+        params: the network's weights.
+        batch_stats: its other variables.
         mask: None, or bools like `params`: weights where it is False are pruned, held at 0.
         opt_state: state of the optax transformation.
         keys: a typed PRNG key [] for each purpose: `KEY_PURPOSES` and 'perturbation'.
