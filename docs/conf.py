@@ -1,5 +1,6 @@
 """How the site is built: python -m sphinx -W --keep-going -n -b html docs OUT."""
 
+import inspect
 import pathlib
 import re
 import sys
@@ -59,25 +60,51 @@ nitpick_ignore_regex = [
 ] + [('py:.*', r'(collections|pathlib|typing)\..*')]
 
 
+def parameters(obj):
+    """Names of what a function or a class takes."""
+    try:
+        return inspect.signature(obj).parameters
+    except (TypeError, ValueError):  # it is neither
+        return ()
+
+
 def make_plain(app, what, name, obj, options, lines):
     """Docstrings are plain text: what is indented after a colon is code, a table or a command."""
     if what == 'module' and 'python -m zerojax.' in '\n'.join(lines):  # what --help prints
         lines[:] = ['::', '', *(f'    {line}' for line in lines)]
         return
+    own = parameters(obj)
+
+    def in_place(found):
+        text = found[0]
+        if text in '*|':
+            return f'\\{text}'
+        return f'`{text}`' if found[1] in own else text  # no link, whatever else has that name
+
     code = None  # its indentation
-    for i, line in enumerate(lines[:-2]):
+    for i, line in enumerate(lines):
         if code is not None and line and not line.startswith(code):
             code = None
         if code is None:
-            # In `code` and *emphasis* they mean something, elsewhere themselves.
-            lines[i] = re.sub(
-                r'`[^`]*`|\*\w[\w ]*\*|([*|])', lambda x: f'\\{x[1]}' if x[1] else x[0], line
-            )
+            lines[i] = re.sub(r'`([^`]*)`|\*\w[\w ]*\*|[*|]', in_place, line)
             code = line[: len(line) - len(line.lstrip())] + '    '
-            if line.endswith(':') and not lines[i + 1] and lines[i + 2].startswith(code):
+            blank, text = [*lines[i + 1 : i + 3], '', ''][:2]
+            if line.endswith(':') and not blank and text.startswith(code):
                 lines[i] += ':'
             else:
                 code = None
+
+
+def leave_out(app, what, name, obj, skip, options):
+    """What a named tuple says of its fields, which its own docstring says better."""
+    return True if str(obj.__doc__).startswith('Alias for field number') else None
+
+
+def shorten(app, what, name, obj, options, signature, returns):
+    """Without what each Linen module takes beside its own fields."""
+    if what == 'class' and signature and ', parent: ' in signature:
+        return signature.partition(', parent: ')[0] + ')', returns
+    return None
 
 
 def link(app, env, node, content):
@@ -112,5 +139,7 @@ def check_reference(app, env):
 
 def setup(app):
     app.connect('autodoc-process-docstring', make_plain, priority=400)  # before napoleon
+    app.connect('autodoc-skip-member', leave_out)
+    app.connect('autodoc-process-signature', shorten)
     app.connect('missing-reference', link)
     app.connect('env-check-consistency', check_reference)
