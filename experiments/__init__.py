@@ -1,4 +1,4 @@
-"""One question a file, see the README; `runs` is what they have in common."""
+"""One question a file, see docs/howto/experiments.md; `runs` is what they have in common."""
 
 import os
 

@@ -35,6 +35,7 @@ MINUTES = {  # of each on two CPU cores; those of `images` are estimated from on
     'leakynet': 30,
     'unique_features': 3,
     'signal': 3,
+    'features': 2,
     'lottery': 15,
     'hardware': 10,
     'onset': 25,

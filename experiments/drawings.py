@@ -1,10 +1,11 @@
-"""Draws figures of docs/ again, from the tables in docs/tables.
+"""Draws figures of docs/ again that are not of an experiment.
 
     python -m experiments.drawings [--workdir=DIR]
 
-Those of runs that take a GPU: gpu_arms.png of gpu_arms_curves.csv, gpu_bfloat16_arms.png of
-gpu_bfloat16_arms_curves.csv, gpu_steps.png of gpu_steps.csv (without runs whose features stay
-equal), and a table of how far predictions in the latter are off. DIR is docs/figures.
+Those of runs that take a GPU, from the tables in docs/tables: gpu_arms.png of gpu_arms_curves.csv,
+gpu_bfloat16_arms.png of gpu_bfloat16_arms_curves.csv, gpu_steps.png of gpu_steps.csv (without runs
+whose features stay equal), and a table of how far predictions in the latter are off. And
+networks.png, the networks and their streams. DIR is docs/figures.
 """
 
 import csv
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import arms, runs
+from experiments import arms, networks, runs
 from zerojax.host import paths
 from zerojax.host.command import run_command
 from zerojax.host.stop import exit_on_signals
@@ -107,6 +108,8 @@ def run(argv: list[str]) -> None:
         figure.suptitle(f'ConstNet-16-10 on CIFAR-10 (JPEG-75 copy), {device}')
         figure.savefig(workdir / name, dpi=110)
         say(f'{workdir / name}')
+    networks.draw().savefig(workdir / 'networks.png', dpi=110)
+    say(f'{workdir / "networks.png"}')
     say(f'\n{runs.markdown(prediction_errors(steps))}')
 
 

@@ -79,6 +79,8 @@ def test_the_fixture_is_right(config):
         ('optimizer.b2', -0.1, 'at least 0'), ('optimizer.b1', 0.5, 'sgd has no use for it'),
         ('dataset.mean', (10**400,), 'finite'), ('model.depth', 10003, '10000'),
         ('optimizer.freeze', '(', 'regular expression'),
+        ('optimizer.freeze', 'a{99999999999}', 'regular expression'),
+        ('perturbation.layers', '(' * 5000 + ')' * 5000, 'regular expression'),
         ('pruning.fraction', 0.5, 'needs pruning.source'), ('pruning.fraction', 1.0, 'below 1'),
         ('pruning.mask', 'x', 'magnitude, random'), ('pruning.layers', '(', 'regular expression'),
         ('pruning.rewind_step', -1, 'from 0'), ('pruning.seed', -1, 'from 0'),
@@ -140,6 +142,41 @@ def test_the_workdir_is_named_after_the_config_unless_given():
     assert name_of('/a/b.c/cifar.py:trial') == 'cifar_trial'
     argv = ['sweep', f'--config={CONFIGS[0].parent}/cifar.py:trial']
     assert parse_flags(argv, workdir='runs/sweep_NAME')[1] == pathlib.Path('runs/sweep_cifar_trial')
+    assert name_of('zerojax:digits') == 'digits'
+    assert name_of('zerojax:cifar:trial') == 'cifar_trial'
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
+def test_a_config_of_the_package_is_that_of_its_file_wherever_the_user_is(
+    path, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    config, workdir = parse_flags(['main', f'--config=zerojax:{path.stem}'])
+    assert config == parse_flags(['main', f'--config={path}'])[0]
+    assert workdir == pathlib.Path('runs') / path.stem
+
+
+def test_a_variant_of_a_config_of_the_package_is_named_behind_it():
+    config, workdir = parse_flags(['main', '--config', 'zerojax:cifar:cpu'])
+    assert config == parse_flags(['main', f'--config={CONFIGS[0].parent}/cifar.py:cpu'])[0]
+    assert workdir == pathlib.Path('runs/cifar_cpu')
+
+
+@pytest.mark.parametrize('name', ['', 'digitz', 'digits.py', '../configs/digits', ':cpu'])
+def test_an_unknown_config_of_the_package_is_refused_with_those_there_are(name):
+    there = ', '.join(f'zerojax:{path.stem}' for path in CONFIGS)
+    with pytest.raises(UsageError) as error:
+        parse_flags(['main', f'--config=zerojax:{name}'])
+    assert str(error.value) == f'--config=zerojax:{name}: no such config; must be one of {there}'
+
+
+def test_a_wheel_has_the_configs_in_the_package(tmp_path, monkeypatch):
+    folder = tmp_path / 'zerojax' / 'configs'
+    folder.mkdir(parents=True)
+    text = CONFIGS[1].read_text().replace('num_steps = 700', 'num_steps = 7')
+    (folder / 'ours.py').write_text(text)
+    monkeypatch.setattr('zerojax.__file__', str(tmp_path / 'zerojax' / '__init__.py'))
+    assert parse_flags(['main', '--config=zerojax:ours'])[0].num_steps == 7
 
 
 @pytest.mark.parametrize('form', ['{}={}', '{} {}'])

@@ -1,4 +1,4 @@
-"""Variables of JAX and XLA: each is refused in one line, or changes nothing unseen."""
+"""Variables of JAX and others: each is refused in one line, or changes nothing unseen."""
 
 import json
 
@@ -26,6 +26,9 @@ WORKS, REFUSED, OTHER_BITS = (
     'variable,outcome',
     [
         ('JAX_DISABLE_JIT=1', REFUSED), ('JAX_NO_TRACING=1', REFUSED),
+        ('JAX_NO_EXECUTION=1', REFUSED), ('PYTHONOPTIMIZE=1', REFUSED),
+        ('FLAX_RETURN_FROZENDICT=1', WORKS), ('FLAX_PROFILE=0', WORKS), ('FLAX_LAZY_RNG=0', WORKS),
+        ('TQDM_POSITION=x', WORKS), ('TQDM_MININTERVAL=x', WORKS), ('TQDM_DISABLE=1', WORKS),
         ('JAX_PLATFORMS=cuda', REFUSED), ('JAX_PLATFORMS=nonsense', REFUSED),
         ('JAX_PLATFORM_NAME=gpu', REFUSED), ('JAX_PLATFORMS=cpu', WORKS),
         ('JAX_TRANSFER_GUARD=disallow', REFUSED),
@@ -51,7 +54,7 @@ WORKS, REFUSED, OTHER_BITS = (
         ('JAX_DISABLE_MOST_OPTIMIZATIONS=1', OTHER_BITS),
     ],
 )  # fmt: skip
-def test_a_variable_of_jax_changes_nothing_unseen(undisturbed, tmp_path, variable, outcome):
+def test_a_variable_changes_nothing_unseen(undisturbed, tmp_path, variable, outcome):
     name, _, value = variable.partition('=')
     workdir = tmp_path / 'run'
     done = shell(f'python -m zerojax.main {TOY} --workdir={workdir}', **{name: value})

@@ -255,7 +255,7 @@ def test_a_set_that_cannot_be_had_is_an_error_within_20_s(tmp_path, monkeypatch,
     assert time.monotonic() - began < 20
     error = capfd.readouterr().err
     assert error.count('\n') == 1, error
-    for hint in ('cifar-10-binary.tar.gz', f'{tmp_path}/data/downloads/manual', 'configs/digits.py',
+    for hint in ('cifar-10-binary.tar.gz', f'{tmp_path}/data/downloads/manual', 'zerojax:digits',
                  '--config.dataset.data_dir'):  # fmt: skip
         assert hint in error
     assert not (tmp_path / 'run').exists()

@@ -1,7 +1,8 @@
 """How much symmetry breaking does a network of identical features need before it can learn?
 
 Import the module you need: `from zerojax import models, step, symmetry`. Importing the package
-itself imports nothing else, takes no device and changes no global state.
+itself imports nothing else, takes no device and changes no global state. What is public is what
+`__all__` names here, and `__all__` of these modules; all else may change.
 """
 
 import importlib
@@ -9,16 +10,16 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from zerojax import interop, models, perturb, step, symmetry
+    from zerojax import config, interop, models, perturb, step, symmetry
     from zerojax.measure import kinks, metrics, noise, stability
     from zerojax.models import initializers
     from zerojax.run import train
     from zerojax.symmetry import quotient
 
-__version__ = '0.1.0'
+__version__ = '0.2.0'
 __all__ = [
-    'initializers', 'interop', 'kinks', 'metrics', 'models', 'noise', 'perturb', 'quotient',
-    'stability', 'step', 'symmetry', 'train',
+    'config', 'initializers', 'interop', 'kinks', 'metrics', 'models', 'noise', 'perturb',
+    'quotient', 'stability', 'step', 'symmetry', 'train',
 ]  # fmt: skip
 
 # Public modules that live in a room; `from zerojax import metrics` loads them.

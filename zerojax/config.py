@@ -21,6 +21,8 @@ from zerojax.host.errors import UsageError
 from zerojax.models import convolutions
 from zerojax.step import determinism, pruning
 
+__all__ = ['check', 'default_config', 'read']
+
 
 class DatasetFacts(NamedTuple):
     """What is known of an image set without having it.
@@ -162,7 +164,7 @@ def _below_1() -> Rule:
 def _is_pattern(value: str) -> bool:
     try:
         re.compile(value)
-    except re.error:
+    except (re.error, OverflowError, RecursionError):
         return False
     return True
 

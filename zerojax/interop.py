@@ -10,6 +10,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from zerojax.models import ConstNet, LeakyNet, Network
 
+__all__ = ['check_unused', 'from_reference', 'to_reference', 'unused_in_reference']
+
 # Our collection and last path element: the reference's last name.
 _BATCH_NORM = {
     ('params', 'scale'): 'weight',

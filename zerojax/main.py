@@ -3,6 +3,7 @@
 python -m zerojax.main --config=configs/NAME.py[:VARIANT] [--workdir=DIR] [--config.FIELD=VALUE ...]
                        [--distributed=auto|HOST:PORT,N,I] [--distributed_timeout=SECONDS]
 
+A config that comes with zerojax is --config=zerojax:NAME[:VARIANT], such as zerojax:digits.
 Without --workdir the run goes to runs/NAME. In a workdir that holds a run of the same config it
 resumes. DIR may be gs://BUCKET/RUN, and on several hosts the same command with --distributed runs
 on each, see docs/cloud.md. Exit status: 0 success; 1 a failure during the run; 2 a mistake in

@@ -52,6 +52,12 @@ from flax.traverse_util import flatten_dict
 
 from zerojax import symmetry
 
+__all__ = [
+    'KINDS', 'NONE', 'Perturbation', 'PerturbationState', 'as_transformation', 'check_streams',
+    'chosen', 'disout', 'gaussian', 'one_weight', 'output_layers', 'perturb_gradients',
+    'perturb_output', 'perturb_weights', 'perturbed_outputs', 'ulp', 'unequal_init',
+]  # fmt: skip
+
 Tree = Any
 Scale = float | jax.Array
 
@@ -151,7 +157,7 @@ class Perturbation:
             )
         try:
             re.compile(self.layers)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f'layers={self.layers!r}: not a regular expression: {error}') from None
 
     def due(self, step: jax.Array) -> jax.Array:

@@ -74,6 +74,8 @@ def test_other_data_are_refused(path):
     ],
 )  # fmt: skip
 def test_another_setting_of_jax_is_refused(path, option, value):
+    if not hasattr(jax.config, option):
+        pytest.skip(f'jax {jax.__version__} has no {option}')
     before = getattr(jax.config, option)
     jax.config.update(option, value)
     try:

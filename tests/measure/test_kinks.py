@@ -93,6 +93,31 @@ def test_layers_inside_a_scan_are_counted_over_all_iterations():
     assert counts(function, x) == {'relu': 4}
 
 
+def test_a_scan_is_told_its_constants_carries_and_rows_apart():
+    """As a loop over the rows has it, whatever there is of each."""
+    weights, bias = jnp.array([[1.0, -2.0], [0.5, 1.0]]), jnp.array([-1.0, 0.25])
+    rows, scales = jnp.arange(6.0).reshape(3, 2), jnp.array([1.0, -1.0, 2.0])
+
+    def iteration(carry, each):
+        mean, number = carry
+        row, scale = each
+        out = nn.relu(scale * (row @ weights) + bias - mean)
+        return (mean + out, number + 1), (out, number)
+
+    def scan(rows, scales):
+        carry, (outs, numbers) = jax.lax.scan(iteration, (bias, 0), (rows, scales))
+        return nn.relu(outs - carry[0][None]) * numbers[:, None]
+
+    inside, outside = kinks.margins(scan, rows, scales).values()
+    carry, expected, outs = (bias, 0), [], []
+    for each in zip(rows, scales, strict=True):
+        expected.append(each[1] * (each[0] @ weights) + bias - carry[0])
+        carry, (out, _) = iteration(carry, each)
+        outs.append(out)
+    np.testing.assert_array_equal(inside, jnp.stack(expected))
+    np.testing.assert_array_equal(outside, jnp.stack(outs) - carry[0][None])
+
+
 def test_nnx_models_have_no_scopes_but_an_order():
     class Model(nnx.Module):
         def __init__(self):

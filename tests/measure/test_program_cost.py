@@ -142,7 +142,8 @@ def test_bytes_are_what_is_read_and_written():
     rows = jnp.ones((2, 64))
     replaced = cost_of(lambda x, y: lax.dynamic_update_slice(x, y, (3, 0)), table, rows,
                        donate_argnums=0)  # fmt: skip
-    assert replaced.bytes == 2 * 2 * 64 * 4, 'the rest stays where it is'
+    indices = 2 * 4  # of which JAX 0.12 makes operands
+    assert replaced.bytes - 2 * 2 * 64 * 4 in (0, indices), 'the rest stays where it is'
 
 
 def test_what_stays_on_the_chip_is_no_traffic():

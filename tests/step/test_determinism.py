@@ -71,14 +71,15 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def sources():
-    """Python that a user's numbers go through, by where it is: package, experiments, README."""
+    """Python that a user's numbers go through, by where it is: package, experiments, documents."""
     for folder in ('zerojax', 'experiments'):
         for path in sorted((ROOT / folder).rglob('*.py')):
             if 'performance' not in path.parts:
                 yield str(path.relative_to(ROOT)), path.read_text()
-    readme = (ROOT / 'README.md').read_text()
-    for number, block in enumerate(re.findall(r'^```python\n(.*?)^```', readme, re.M | re.S)):
-        yield f'README, block {number}', block
+    for page in [ROOT / 'README.md', *sorted((ROOT / 'docs').rglob('*.md'))]:
+        blocks = re.findall(r'^```python\n(.*?)^```', page.read_text(), re.M | re.S)
+        for number, block in enumerate(blocks):
+            yield f'{page.name}, block {number}', block
 
 
 def bare_jits(source):

@@ -3,6 +3,7 @@
 import functools
 import logging as python_logging
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -24,7 +25,7 @@ def run_command(
 
     Args:
         command: takes the command line.
-        argv: the program's name and its arguments.
+        argv: the program's name, which may be 'zerojax NAME', and its arguments.
         documentation: the docstring of the command's module.
         take_signals: of `zerojax.host.stop`, called before the command.
     """
@@ -34,7 +35,7 @@ def run_command(
     os.environ.pop('MPLBACKEND', None)
     try:
         if {'-h', '--help'} & set(argv[1:]):
-            terminal.say(documentation or '')
+            terminal.say(_as_called(documentation or '', argv[0]))
             return 0
         take_signals()
         return exit_status(lambda: command(argv))
@@ -97,6 +98,15 @@ def ending(command: Callable[[], object]) -> tuple[int, str]:
     except Stopped as stopped:
         return 128 + stopped.signal, str(stopped)
     return 0, ''
+
+
+def _as_called(documentation: str, program: str) -> str:
+    """With `zerojax NAME` for `python -m zerojax.NAME`, if that was called, and all aligned."""
+    if not program.startswith('zerojax '):
+        return documentation
+    before, now = 'python -m zerojax.', 'zerojax '
+    aligned = re.sub(rf'^ {{{len(before) - len(now)}}}(?= {{10}})', '', documentation, flags=re.M)
+    return aligned.replace(before, now)
 
 
 @functools.cache

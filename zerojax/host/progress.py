@@ -1,23 +1,39 @@
 """What is shown while runs are trained."""
 
 import contextlib
+import importlib
+import io
+import os
 import sys
 import time
 import warnings
 from collections.abc import Iterator
-from typing import Self
-
-import tqdm
-import tqdm.asyncio
+from typing import Any, Self
 
 from zerojax.host import distributed, terminal
 
+COLUMNS = 100  # of a line
+
+
+def _import_tqdm() -> Any:
+    """tqdm, which reads its variables TQDM_* when it is imported: without them if it cannot."""
+    try:
+        importlib.import_module('tqdm.asyncio')
+    except ValueError:
+        unread = {name: os.environ.pop(name) for name in [*os.environ] if name.startswith('TQDM_')}
+        try:
+            importlib.import_module('tqdm.asyncio')
+        finally:
+            os.environ.update(unread)
+    return sys.modules['tqdm']
+
+
+_tqdm = _import_tqdm()
 with warnings.catch_warnings():
-    warnings.simplefilter('ignore', tqdm.TqdmWarning)  # a notebook without ipywidgets has no bar
+    warnings.simplefilter('ignore', _tqdm.TqdmWarning)  # a notebook without ipywidgets has no bar
     from tqdm.auto import tqdm as Bar  # noqa: N812
 
-IN_NOTEBOOK = Bar is not tqdm.asyncio.tqdm_asyncio
-COLUMNS = 100  # of a line
+IN_NOTEBOOK = Bar is not _tqdm.asyncio.tqdm_asyncio
 
 
 def _text(value: float | str, form: str) -> str:
@@ -34,7 +50,7 @@ class Progress:
         """`num_steps` are those of all runs together."""
         self._num_steps = num_steps
         self._silent = not distributed.is_first()
-        self._bar = Bar(disable=True)
+        self._bar = Bar(disable=True, file=io.StringIO())  # stderr may be no stream at all
         if not self._silent and (IN_NOTEBOOK or terminal.is_terminal(sys.stderr)):
             with self._showing():
                 self._bar = Bar(total=num_steps, unit='step')

@@ -22,8 +22,8 @@ def complain(message: str) -> bool:
 
 
 def _write(stream: Any, text: str) -> bool:
-    encoding = getattr(stream, 'encoding', None) or 'utf-8'
     try:
+        encoding = getattr(stream, 'encoding', None) or 'utf-8'
         stream.write(text.encode(encoding, 'backslashreplace').decode(encoding) + '\n')
         stream.flush()
     except BrokenPipeError:

@@ -53,7 +53,7 @@ def symmetric_fill(
     filled = {}
     for path, x in sorted(flatten_dict(params).items()):
         values = np.asarray(x)
-        noise = generator.standard_normal(values.shape)
+        noise: Any = generator.standard_normal(values.shape)
         if values.ndim >= 2:
             noise = noise / np.prod(values.shape[:-1])
         else:
@@ -88,7 +88,7 @@ def broken_fill(params: Tree, feature_axes: Tree, stream: str, seed: int = 1) ->
     broken = {}
     for path, x in sorted(flatten_dict(params).items()):
         values, name = np.asarray(x), '/'.join(path)
-        noise = generator.standard_normal(values.shape)
+        noise: Any = generator.standard_normal(values.shape)
         if name in averaged:
             noise = noise.mean(averaged[name], keepdims=True)
             values = (values.astype(np.float64) * (1 + BREAKING_NOISE * noise)).astype(values.dtype)

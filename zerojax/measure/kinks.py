@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+__all__ = ['count', 'crossings', 'margins']
+
 Tree = Any
 Margins = dict[str, jax.Array]
 
@@ -138,13 +140,18 @@ def _evaluate_scan(
     eqn: core.JaxprEqn, inputs: list[Any], scope: str
 ) -> tuple[list[Any], list[tuple[str, jax.Array]]]:
     """A scan that hands out its iterations' margins too."""
-    num_consts, num_carry = eqn.params['num_consts'], eqn.params['num_carry']
+    closed = eqn.params['jaxpr']
+    body, body_consts = getattr(closed, 'jaxpr', closed), getattr(closed, 'consts', [])
+    # Told by the leading axis of what is scanned over; how a scan's equation counts its arguments
+    # differs between versions of JAX.
+    num_carry = sum(map(_same_rank, eqn.outvars, body.outvars))
+    num_scanned = len(inputs) - sum(map(_same_rank, eqn.invars, body.invars))
+    num_consts = len(inputs) - num_scanned - num_carry
     consts, carry = inputs[:num_consts], inputs[num_consts : num_consts + num_carry]
-    body = eqn.params['jaxpr']
     names: list[str] = []
 
     def iteration(carry: list[Any], x: list[Any]) -> tuple[list[Any], Any]:
-        outputs, found = _evaluate(body.jaxpr, body.consts, [*consts, *carry, *x], scope)
+        outputs, found = _evaluate(body, body_consts, [*consts, *carry, *x], scope)
         names[:] = [name for name, _ in found]
         return outputs[:num_carry], (outputs[num_carry:], [margin for _, margin in found])
 
@@ -156,3 +163,7 @@ def _evaluate_scan(
         reverse=eqn.params['reverse'],
     )
     return [*carry, *stacked], list(zip(names, found, strict=True))
+
+
+def _same_rank(outside: Any, inside: Any) -> bool:
+    return len(outside.aval.shape) == len(inside.aval.shape)

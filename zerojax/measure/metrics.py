@@ -20,6 +20,12 @@ from flax.traverse_util import flatten_dict
 from zerojax.step.precision import at_least_float32
 from zerojax.symmetry.bits import bit_patterns
 
+__all__ = [
+    'all_gradients', 'backward_correlation', 'count_unique_features', 'diversity',
+    'effective_width', 'feature_variance', 'forward_correlation', 'kernels_by_layer',
+    'layer_outputs', 'mean_correlation', 'of_kernels', 'of_layer_outputs', 'second_moment',
+]  # fmt: skip
+
 Tree = Any
 
 

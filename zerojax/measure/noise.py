@@ -17,6 +17,11 @@ import numpy as np
 
 from zerojax.measure.compiled import compile_afresh
 
+__all__ = [
+    'Spread', 'element_spread', 'feature_spread', 'flatten', 'measure_noise', 'noise_floor',
+    'ulps_apart',
+]  # fmt: skip
+
 Tree = Any
 
 

@@ -33,6 +33,11 @@ import numpy as np
 from zerojax import perturb, symmetry
 from zerojax.step.determinism import jit_in_mode
 
+__all__ = [
+    'ONSET', 'Growth', 'LinearisedStep', 'gaussian_tangents', 'growth', 'of_train_step',
+    'one_sided_log_asymmetry', 'predict_onset', 'rounded_away',
+]  # fmt: skip
+
 ONSET = 0.1  # asymmetry from which on features are as good as different; see docs/findings.md
 
 Tree = Any
@@ -63,7 +68,7 @@ class Growth:
 
     @property
     def log_asymmetry(self) -> np.ndarray:
-        """[N + 1, k]: the largest of any stream."""
+        """The largest of any stream, [N + 1, k]."""
         return np.max(list(self.log_by_stream.values()), axis=0)
 
     def exponents(self) -> np.ndarray:

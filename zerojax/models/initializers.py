@@ -13,6 +13,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.nn.initializers import Initializer, variance_scaling, zeros
 
+__all__ = [
+    'averaging', 'fixup', 'hadamard', 'lettered', 'random_control', 'repeated', 'tiled_identity',
+]  # fmt: skip
+
 LETTERS = {
     '1': 'averaging',
     'i': 'identity',

@@ -34,7 +34,7 @@ class Place(NamedTuple):
 
     @property
     def makes_features(self) -> bool:
-        """Whether it writes others than it reads: with a skip connection, through a shortcut."""
+        """Whether it writes others than it reads (with a skip connection, through a shortcut)."""
         return self.stream != self.source
 
 

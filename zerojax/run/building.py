@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import flax.core
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,7 +106,8 @@ def build_orbits(model: Network, image_shape: Shape) -> symmetry.Orbits | None:
         return None
 
     def init(key: jax.Array) -> Any:
-        return noiseless.init(key, jnp.zeros((1, *image_shape)), train=False)['params']
+        variables = noiseless.init(key, jnp.zeros((1, *image_shape)), train=False)
+        return flax.core.unfreeze(variables['params'])
 
     params = jit_without_products(init)(jax.random.key(0))
     return symmetry.find_orbits(params, model.feature_axes()['params'])

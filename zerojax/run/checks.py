@@ -24,8 +24,9 @@ Tree = Any
 
 # Options of JAX under which no run can be had.
 IN_THE_WAY = (
-    'jax_disable_jit', 'jax_no_tracing', 'jax_transfer_guard', 'jax_transfer_guard_host_to_device',
-    'jax_transfer_guard_device_to_device', 'jax_transfer_guard_device_to_host',
+    'jax_disable_jit', 'jax_no_tracing', 'jax_no_execution', 'jax_transfer_guard',
+    'jax_transfer_guard_host_to_device', 'jax_transfer_guard_device_to_device',
+    'jax_transfer_guard_device_to_host',
 )  # fmt: skip
 
 
@@ -88,7 +89,13 @@ def resolve(config: ConfigDict, dataset: Dataset) -> ConfigDict:
 
 
 def check_devices() -> None:
-    """Raises UsageError if JAX has no device, or is told not to compile or not to use it."""
+    """Raises UsageError if JAX has no device, or is told not to compile or not to use it; or if
+    Python leaves out assert statements."""
+    if not __debug__:
+        raise UsageError(
+            'python -O, or PYTHONOPTIMIZE: leaves out the assert statements that Flax relies on; '
+            'start Python without it'
+        )
     names = ('jax_platforms', 'jax_platform_name')
     asked = [f'{name.upper()}={x}' for name in names if (x := jax.config.values.get(name))]
     try:
@@ -103,8 +110,8 @@ def check_devices() -> None:
         value = getattr(jax.config, name)
         if value is True or 'disallow' in str(value):
             raise UsageError(
-                f'{name.upper()}={value}: a run is compiled, and its data are brought to the '
-                'device; unset it'
+                f'{name.upper()}={value}: a run is compiled, its data are brought to the device '
+                'and it is computed there; unset it'
             )
 
 

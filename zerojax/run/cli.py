@@ -1,7 +1,8 @@
 """Flags: from a command line to a checked config and a workdir.
 
 A command names its own flags with `text_flags`, and `parse_flags` adds --config and --workdir to
-them; one without a config calls `parse`. `--NAME=VALUE` and `--NAME VALUE` are the same.
+them; one without a config calls `parse`. `--NAME=VALUE` and `--NAME VALUE` are the same. A config
+is a file, FILE.py[:VARIANT], or one that comes with the package, zerojax:NAME[:VARIANT].
 """
 
 import contextlib
@@ -13,11 +14,13 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+import zerojax
 from zerojax import config as config_lib
 from zerojax.host import distributed, objectstore, paths
 from zerojax.host.compilation_cache import leave_compilation_cache
 from zerojax.host.errors import UsageError
 
+PACKAGED = 'zerojax:'  # what the name of a config that comes with the package begins with
 # Of a command whose runs may be on several processes, for `join_processes`.
 DISTRIBUTED = {'distributed': None, 'distributed_timeout': str(distributed.TIMEOUT)}
 
@@ -60,7 +63,7 @@ def parse_flags(
     values['config'].parser = _ConfigFile(values['config'].parser)
     parse(argv, values)
     if not (values['config'].present or config_file):
-        raise UsageError('--config: missing; to begin with, --config=configs/digits.py')
+        raise UsageError('--config: missing; to begin with, --config=zerojax:digits')
     source = config_flags.get_config_filename(values['config'])
     if not isinstance(values.config, ConfigDict):
         raise UsageError(f'--config={source}: get_config() must return a ConfigDict')
@@ -117,23 +120,44 @@ _PARSERS: dict[type, flags.ArgumentParser[Any]] = {
 
 
 class _ConfigFile(flags.ArgumentParser[Any]):
-    """Runs FILE.py[:VARIANT] as another parser does, where the user means it and if it is there."""
+    """Runs a config's file as another parser does, where the user means it and if it is there."""
 
     def __init__(self, parser: flags.ArgumentParser[Any]) -> None:
         self._parser = parser
 
     def parse(self, argument: str) -> Any:
         where = f'--config={argument}'
+        if argument.startswith(PACKAGED):
+            argument = packaged_config(argument)
         name, colon, variant = argument.partition(':')
         file = paths.meant(argument if '://' in argument else name, where)
         try:
             file.open().close()
         except OSError as error:
-            raise UsageError(f'{where}: cannot be read ({error.strerror})') from error
+            file_name = f': {file}; what follows the colon is a variant' if colon else ''
+            raise UsageError(f'{where}: cannot be read ({error.strerror}{file_name})') from error
         return self._parser.parse(f'{file}{colon}{variant}')
 
     def flag_type(self) -> str:
         return self._parser.flag_type()
+
+
+def packaged_config(argument: str) -> str:
+    """The FILE.py[:VARIANT] that zerojax:NAME[:VARIANT] stands for.
+
+    Raises:
+        UsageError: the package holds no config of this name.
+    """
+    package = pathlib.Path(zerojax.__file__).parent
+    folder = package / 'configs'  # as the wheel has it
+    if not folder.is_dir():
+        folder = package.parent / 'configs'  # as the checkout has it
+    name, colon, variant = argument.removeprefix(PACKAGED).partition(':')
+    names = sorted(file.stem for file in folder.glob('*.py'))
+    if name not in names:
+        there = ', '.join(f'{PACKAGED}{each}' for each in names)
+        raise UsageError(f'--config={argument}: no such config; must be one of {there}')
+    return f'{folder / name}.py{colon}{variant}'
 
 
 @contextlib.contextmanager
@@ -203,7 +227,7 @@ def make_folder(workdir: pathlib.Path) -> None:
 
 
 def name_of(source: str) -> str:
-    """NAME for configs/NAME.py, NAME_VARIANT for configs/NAME.py:VARIANT."""
-    file, _, variant = source.partition(':')
+    """NAME for configs/NAME.py or zerojax:NAME, NAME_VARIANT with :VARIANT behind it."""
+    file, _, variant = source.removeprefix(PACKAGED).partition(':')
     name = pathlib.PurePath(file).stem
     return f'{name}_{variant}' if variant else name

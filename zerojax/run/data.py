@@ -235,7 +235,7 @@ def _prepare_tfds(builder: Any, data_dir: str | None) -> None:
     advice = (
         f'put {", ".join(missing.values())} into {manual_dir}, or name a folder that holds a '
         f'prepared {builder.name}/{builder.version} with --config.dataset.data_dir=DIR '
-        '(configs/digits.py needs neither)'
+        '(--config=zerojax:digits needs neither)'
     )
     failed = f'dataset.name={builder.name!r}: not prepared in {root}'
     for url in missing:

@@ -303,7 +303,7 @@ def outcome(summary: Record, workdir: pathlib.Path, drawn: bool) -> list[str]:
 
 
 def summarize(state: TrainState, metrics: MetricsLog, seconds: float) -> Record:
-    """What `summary.json` holds; the fields are explained in the README."""
+    """What `summary.json` holds; the fields are explained in docs/howto/configure.md."""
     symmetry_line = metrics.of_kind('symmetry')[-1]
     broken_streams = when_broken(
         state.broken_streams, symmetry_line['asymmetry_by_stream'], int(state.step)

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from zerojax import config as config_lib
 from zerojax.host import distributed, figures, objectstore, paths
 from zerojax.host.checkpoint import has_checkpoint
-from zerojax.host.errors import RunError
+from zerojax.host.errors import RunError, UsageError
 from zerojax.host.progress import Progress
 from zerojax.host.records import Record
 from zerojax.host.stop import Stopped, StopRequest
@@ -25,6 +25,8 @@ from zerojax.run.restore import claim, compare_conditions, restore
 from zerojax.run.ticket import load_ticket
 from zerojax.step import TrainState
 from zerojax.step.precision import numbers_of
+
+__all__ = ['RunError', 'Stopped', 'UsageError', 'train']
 
 
 def train(

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import flax.core
 import flax.linen as nn
 import flax.struct
 import jax
@@ -24,7 +25,8 @@ class TrainState:
 
     Attributes:
         step: number of updates done, int32 [].
-        params, batch_stats: the network's variables.
+        params: the network's weights.
+        batch_stats: its other variables.
         mask: None, or bools like `params`: weights where it is False are pruned, held at 0.
         opt_state: state of the optax transformation.
         keys: a typed PRNG key [] for each purpose: `KEY_PURPOSES` and 'perturbation'.
@@ -66,7 +68,8 @@ def create_state(
     root = jax.random.key(seed)
     init_key, *keys = [jax.random.fold_in(root, i) for i in range(1 + len(KEY_PURPOSES))]
     perturbation_key = jax.random.fold_in(jax.random.key(perturbation_seed), 1 + len(KEY_PURPOSES))
-    variables = model.init(init_key, jnp.zeros((1, *image_shape)), train=False)
+    # As plain dictionaries, whatever FLAX_RETURN_FROZENDICT says.
+    variables = flax.core.unfreeze(model.init(init_key, jnp.zeros((1, *image_shape)), train=False))
     params = jax.tree.map(lambda x: x.astype(dtype), variables['params'])
     batch_stats = jax.tree.map(
         lambda x: x.astype(at_least_float32(dtype)), variables.get('batch_stats', {})

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import flax.core
 import jax
 import jax.numpy as jnp
 import optax
@@ -74,7 +75,7 @@ def train_step_function(
                 rngs={'dropout': jax.random.fold_in(state.keys['dropout'], state.step)},
             )
             loss = jnp.mean(cross_entropy(logits_BxN, batch['label']))
-            return loss, (logits_BxN, updated.get('batch_stats', {}))
+            return loss, (logits_BxN, flax.core.unfreeze(updated.get('batch_stats', {})))
 
         def perturbed_loss_function(params: Tree) -> tuple[jax.Array, tuple[jax.Array, Tree]]:
             key = jax.random.fold_in(noise_key, state.step)

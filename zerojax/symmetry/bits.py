@@ -13,5 +13,5 @@ def bit_patterns(x: Any) -> Any:
     """
     patterns = x.view(f'uint{8 * x.dtype.itemsize}')
     negative_zero = np.asarray(-0.0, x.dtype).view(patterns.dtype)
-    where = np.where if isinstance(x, np.ndarray) else jnp.where
+    where: Any = np.where if isinstance(x, np.ndarray) else jnp.where
     return where(patterns == negative_zero, np.zeros_like(negative_zero), patterns)

@@ -108,7 +108,7 @@ def asymmetry(
 
     A feature is all that its axis name indexes: weights into it, its normalisation, weights out of
     it. So a deviation in any array is taken relative to the largest of all weights indexed by that
-    name: max |w - w[first feature]| / max |w'| with w' running over all finite weights of all
+    name: `max |w - w[first feature]| / max |w'|` with w' running over all finite weights of all
     arrays with that name. (Relative to its own array alone, any noise on weights that start at 0
     would count as 1.) A layer is the module that holds the arrays ('block1_0/conv'); its value is
     the largest over its arrays and their named axes: a float [] in the arrays' dtype, exactly 0 if
@@ -148,7 +148,7 @@ def asymmetry_by_stream(
 
 
 def largest_weights(tree: Tree, feature_axes: Tree) -> dict[str, jax.Array]:
-    """Largest |w| of all finite weights that each stream indexes, [].
+    """Largest `|w|` of all finite weights that each stream indexes, [].
 
     Raises:
         ValueError: tree and declaration do not fit each other.

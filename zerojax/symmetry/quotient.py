@@ -37,6 +37,8 @@ from flax.traverse_util import unflatten_dict
 from zerojax.symmetry.bits import bit_patterns
 from zerojax.symmetry.orbits import Orbits, Path, Tree, named_axes
 
+__all__ = ['Quotient', 'average', 'average_gradients', 'counted', 'expand', 'reduce', 'shares']
+
 
 def shares(counts: Mapping[str, int], m: int) -> Orbits:
     """Orbits of m features a stream: feature d is in that of all d + n · m.
@@ -134,7 +136,7 @@ def _check_length(path: Path, name: str, length: int, fitting: int | None) -> No
 def _sizes(x: jax.Array, axis: int, name: str, orbits: Orbits) -> np.ndarray:
     """Number of features of each orbit, in the shape and dtype to multiply `x` along the axis."""
     _, sizes = np.unique(orbits.first[name], return_counts=True)
-    others = [each for each in range(x.ndim) if each != axis]
+    others = tuple(each for each in range(x.ndim) if each != axis)
     return np.expand_dims(sizes.astype(x.dtype), others)
 
 
