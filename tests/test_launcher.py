@@ -158,6 +158,25 @@ def test_runs_of_a_killed_worker_go_on_from_their_checkpoints(environment, alone
     assert [start['step'] for start in manifest(folder)['starts']][1] > 0
 
 
+@pytest.mark.parametrize(
+    ('library', 'launcher', 'message'),
+    [
+        ('ray', 'ray:127.0.0.1:1', 'nobody answers at 127.0.0.1:1 ('),
+        ('ray', 'ray:nonsense', 'no Ray cluster can be had ('),
+        ('submitit', 'slurm', 'there is no sbatch here; start the sweep on a machine from which'),
+    ],
+)
+def test_a_cluster_that_cannot_be_had_is_one_line(
+    environment, tmp_path, library, launcher, message
+):
+    needs(library)
+    workdir = tmp_path / 'sweep'
+    output = Sweep(environment, workdir, f'--launcher={launcher}').end(status=2)
+    assert output.startswith(f'error: --launcher={launcher}: {message}')
+    assert output.count('\n') == 1
+    assert not workdir.exists()
+
+
 def test_workers_that_lack_zerojax_are_a_mistake(environment, nodes, tmp_path):
     """Here they lack a module that this process has."""
     (tmp_path / 'only_here.py').write_text('def train(): ...\n')
