@@ -12,6 +12,7 @@ arrays that has one; it knows no network and no train step.
 of two networks into the same order. A new measure of symmetry is a function in `measures`.
 """
 
+from zerojax.symmetry.check import AxesCheck, check_feature_axes
 from zerojax.symmetry.measures import (
     asymmetry,
     asymmetry_by_stream,
@@ -28,7 +29,8 @@ from zerojax.symmetry.measures import (
 from zerojax.symmetry.orbits import Orbits, find_orbits, named_axes, output_axes, stream_names
 
 __all__ = [
-    'Orbits', 'asymmetry', 'asymmetry_by_stream', 'distance', 'distance_by_stream', 'find_orbits',
-    'is_symmetric', 'is_symmetric_by_stream', 'largest_weights', 'named_axes', 'output_axes',
-    'project', 'stream_names', 'transverse', 'unique_features', 'unique_features_by_stream',
+    'AxesCheck', 'Orbits', 'asymmetry', 'asymmetry_by_stream', 'check_feature_axes', 'distance',
+    'distance_by_stream', 'find_orbits', 'is_symmetric', 'is_symmetric_by_stream',
+    'largest_weights', 'named_axes', 'output_axes', 'project', 'stream_names', 'transverse',
+    'unique_features', 'unique_features_by_stream',
 ]  # fmt: skip
