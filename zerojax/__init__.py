@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from zerojax import interop, models, perturb, step, symmetry
-    from zerojax.measure import kinks, metrics, noise, stability
+    from zerojax.measure import kinks, metrics, noise, own_model, stability
     from zerojax.models import initializers
     from zerojax.run import train
     from zerojax.symmetry import quotient
 
 __version__ = '0.1.0'
 __all__ = [
-    'initializers', 'interop', 'kinks', 'metrics', 'models', 'noise', 'perturb', 'quotient',
-    'stability', 'step', 'symmetry', 'train',
+    'initializers', 'interop', 'kinks', 'metrics', 'models', 'noise', 'own_model', 'perturb',
+    'quotient', 'stability', 'step', 'symmetry', 'train',
 ]  # fmt: skip
 
 # Public modules that live in a room; `from zerojax import metrics` loads them.
@@ -27,6 +27,7 @@ _ROOMS = {
     'kinks': 'measure',
     'metrics': 'measure',
     'noise': 'measure',
+    'own_model': 'measure',
     'quotient': 'symmetry',
     'stability': 'measure',
     'train': 'run',

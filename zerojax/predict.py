@@ -35,16 +35,10 @@ from zerojax.host.errors import RunError, UsageError
 from zerojax.host.progress import Progress
 from zerojax.host.stop import exit_on_signals
 from zerojax.host.terminal import say
-from zerojax.measure.prediction import ALONE
+from zerojax.measure.prediction import ALONE, Curves, growth_per_step, largest
 from zerojax.measure.stability import ONSET, predict_onset
 from zerojax.run import cli, data
-from zerojax.run.prediction import (
-    Curves,
-    Predictor,
-    check_predictable,
-    growth_per_step,
-    largest,
-)
+from zerojax.run.prediction import Predictor, check_predictable
 
 MAX_STEPS = 400
 

@@ -1,0 +1,159 @@
+"""Follows the axes of parameters through a jaxpr, call by call and loop by loop."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Literal
+
+from zerojax.symmetry.axis_rules import RULES, stopped, unknown
+from zerojax.symmetry.identities import Axes, Axis, Identities, equal_along
+
+JAX = pathlib.Path(jax.__file__).parent
+
+# The parameter that holds what is called.
+CALLS = {
+    'checkpoint': 'jaxpr', 'closed_call': 'call_jaxpr', 'core_call': 'call_jaxpr',
+    'custom_jvp_call': 'call_jaxpr', 'custom_vjp_call': 'call_jaxpr',
+    'custom_vjp_call_jaxpr': 'fun_jaxpr', 'jit': 'jaxpr', 'pjit': 'jaxpr', 'remat': 'jaxpr',
+    'remat2': 'jaxpr',
+}  # fmt: skip
+
+
+class Following:
+    """Axes of all values of a jaxpr, from those of its inputs.
+
+    Attributes:
+        ids: identities of axes.
+        written: identities of axes that products put out, in the order of the computation.
+        used: identities of axes that an operation has read.
+    """
+
+    def __init__(self) -> None:
+        self.ids = Identities()
+        self.written: list[int] = []
+        self.used: set[int] = set()
+
+    def writes(self, axes: Sequence[Axis]) -> None:
+        """Takes down that features along these axes are put out here."""
+        self.written += [x.identity for axis in axes for x in axis if x.identity is not None]
+
+    def place(self, eqn: Any) -> str:
+        """The operation and where it stands in the source, in parentheses."""
+        traceback = eqn.source_info.traceback
+        for frame in traceback.frames if traceback else ():
+            if JAX not in pathlib.Path(frame.file_name).parents:
+                file = '/'.join(pathlib.Path(frame.file_name).parts[-3:])
+                return f'({eqn.primitive.name}, {file}:{frame.line_num})'
+        return f'({eqn.primitive.name})'
+
+    def constant(self, x: Any) -> Axes:
+        """Axes of an array that is no parameter: pinned where its values differ along them."""
+        if not hasattr(x, 'shape') or x.shape == ():
+            return ()
+        reason = 'numbers that are no parameters differ along it'
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended):
+            return tuple(stopped(self, (), size, reason) for size in x.shape)
+        values = np.asarray(x)
+        return tuple(
+            equal_along(size)
+            if (values == values.take([0], i)).all()
+            else stopped(self, (), size, reason)
+            for i, size in enumerate(values.shape)
+        )
+
+    def follow(self, jaxpr: Any, inputs: Sequence[Axes]) -> list[Axes]:
+        """Axes of the results of a jaxpr, open or closed."""
+        known: dict[Any, Axes] = {}
+        if isinstance(jaxpr, ClosedJaxpr):
+            constants = [self.constant(x) for x in jaxpr.consts]
+            known |= zip(jaxpr.jaxpr.constvars, constants, strict=True)
+            jaxpr = jaxpr.jaxpr
+        known |= zip(jaxpr.invars, inputs, strict=True)
+
+        def read(atom: Any) -> Axes:
+            return self.constant(atom.val) if isinstance(atom, Literal) else known[atom]
+
+        for eqn in jaxpr.eqns:
+            results = self._through(eqn, [read(atom) for atom in eqn.invars])
+            known |= zip(eqn.outvars, results, strict=True)
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def _through(self, eqn: Any, operands: list[Axes]) -> list[Axes]:
+        name = eqn.primitive.name
+        if name in CALLS:
+            return self.follow(eqn.params[CALLS[name]], operands)
+        loops = {'scan': self._scan, 'while': self._while, 'cond': self._cond}
+        if name in loops:
+            return loops[name](eqn, operands)
+        self.used |= {
+            x.identity for axes in operands for axis in axes for x in axis if x.identity is not None
+        }
+        return RULES.get(name, unknown)(self, eqn, *operands)
+
+    def _join(self, eqn: Any, a: Sequence[Axes], b: Sequence[Axes]) -> list[Axes]:
+        """Axes of values that are the one or the other."""
+        place = self.place(eqn)
+        return [
+            tuple(self.ids.align(p, q, place) for p, q in zip(x, y, strict=True))
+            for x, y in zip(a, b, strict=True)
+        ]
+
+    def _signature(self, values: Sequence[Axes]) -> Any:
+        return [
+            [
+                [
+                    (x.identity if x.identity is None else self.ids.root(x.identity), x.size)
+                    for x in y
+                ]
+                for y in axes
+            ]
+            for axes in values
+        ]
+
+    def _repeat(self, eqn: Any, carry: list[Axes], body: Any) -> list[Axes]:
+        """The carried values' axes that the body, carry -> (carry, ...), leaves as they are; and
+        what else it returns."""
+        while True:
+            results = body(carry)
+            joined = self._join(eqn, carry, results[: len(carry)])
+            if self._signature(joined) == self._signature(carry):
+                return [*joined, *results[len(carry) :]]
+            carry = joined
+
+    def _scan(self, eqn: Any, operands: list[Axes]) -> list[Axes]:
+        constants, carried = eqn.params['num_consts'], eqn.params['num_carry']
+        reason = f'a loop goes along it {self.place(eqn)}'
+        stacked = operands[constants + carried :]
+        for axes in stacked:
+            self.ids.pin(axes[0], reason)
+
+        def body(carry: list[Axes]) -> list[Axes]:
+            inputs = [*operands[:constants], *carry, *(axes[1:] for axes in stacked)]
+            return self.follow(eqn.params['jaxpr'], inputs)
+
+        results = self._repeat(eqn, operands[constants : constants + carried], body)
+        steps = eqn.params['length']
+        return [
+            *results[:carried],
+            *((stopped(self, (), steps, reason), *axes) for axes in results[carried:]),
+        ]
+
+    def _while(self, eqn: Any, operands: list[Axes]) -> list[Axes]:
+        of_condition = eqn.params['cond_nconsts']
+        constants = of_condition + eqn.params['body_nconsts']
+
+        def body(carry: list[Axes]) -> list[Axes]:
+            self.follow(eqn.params['cond_jaxpr'], [*operands[:of_condition], *carry])
+            inputs = [*operands[of_condition:constants], *carry]
+            return self.follow(eqn.params['body_jaxpr'], inputs)
+
+        return self._repeat(eqn, operands[constants:], body)
+
+    def _cond(self, eqn: Any, operands: list[Axes]) -> list[Axes]:
+        results, *others = [self.follow(branch, operands[1:]) for branch in eqn.params['branches']]
+        for other in others:
+            results = self._join(eqn, results, other)
+        return results
