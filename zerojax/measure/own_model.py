@@ -22,7 +22,7 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from zerojax import perturb, symmetry
-from zerojax.measure import prediction, stability
+from zerojax.measure import prediction, reduced, stability
 from zerojax.measure.prediction import Curves
 from zerojax.measure.stability import State
 from zerojax.step.determinism import jit_in_mode
@@ -100,6 +100,10 @@ class Model:
         flat = flatten_dict(nested)
         return jax.tree.unflatten(self._treedef, [flat[path] for path in self._paths])
 
+    def call(self, apply: Apply, params: Tree, inputs: Tree) -> Tree:
+        """What a function like `apply` gives for params that are nested dictionaries."""
+        return apply(self.restored(params), *_arguments(inputs))
+
     def step(self, state: State, batch: Batch) -> State:
         """One update of a state (params, optimizer state), as `zerojax.stability` takes it."""
         inputs, targets = batch
@@ -173,40 +177,69 @@ def _shown(onset: int | None) -> str:
 
 
 def predict(
-    model: Model, scales: Sequence[float] = (1e-6,), steps: int = 400, seed: int = 0
+    model: Model,
+    scales: Sequence[float] = (1e-6,),
+    steps: int = 400,
+    *,
+    features: int = 8,
+    seeds: int = 5,
 ) -> Prediction:
-    """The linear prediction for gaussian noise on all initial weights, of the seed's own draw.
+    """What gaussian noise of these scales on all initial weights will come to.
 
-    One symmetric run of the network itself, with a derivative for each stream: a step takes the
-    time of about three train steps for each.
+    Linear: one symmetric run of the network itself, with a derivative for each stream, so that a
+    step takes the time of about three train steps for each. Reduced, if the model has `make`: by
+    networks of some features a stream, for several draws of the noise.
 
     Args:
         model: with its features equal at the start.
         scales: standard deviations of the noise.
         steps: how many are looked at; no more than there are batches.
-        seed: of the noise; `measure` draws the same.
+        features: of each stream of the reduced networks, above `prediction.ALONE`.
+        seeds: number of draws that they follow, 0, 1, ...; the first is that of the linear
+            prediction. `measure` draws the same.
 
     Raises:
-        ValueError: features start unequal, or the step or its derivative is not finite.
+        ValueError: features start unequal, the step or its derivative is not finite, or `make`
+            gives no such network.
     """
     check_symmetric(model)
-    batches = list(model.batches[:steps])
-    noise = _unit_noise(model, seed)
+    noises = [_unit_noise(model, seed) for seed in range(seeds if model.make else 1)]
+    active, passive = _of_unit(model, noises[0], steps)
+    of_unit = {name: np.maximum(active[name], passive[name]) for name in model.streams}
+    return Prediction(
+        streams=model.streams,
+        growth={name: prediction.growth_per_step(curve) for name, curve in of_unit.items()},
+        linear={
+            scale: {name: curve + math.log(scale) for name, curve in of_unit.items()}
+            for scale in scales
+        },
+        reduced=reduced.follow(model, scales, steps, features, noises, passive)
+        if model.make
+        else {},
+        report=model.report,
+    )
+
+
+def _of_unit(model: Model, noise: Tree, steps: int) -> tuple[Curves, Curves]:
+    """Each stream's curve per unit of scale: of its own part of the noise, and of what is left."""
+    batches = model.batches[:steps]
     tangents, owners = _tangents(noise, model.axes)
+    none = np.full(len(batches) + 1, -np.inf)
+    if not owners:  # streams of a single feature
+        return (dict.fromkeys(model.streams, none),) * 2
     growth = stability.growth(model.step, model.start(), batches, tangents, model.axes)
-    of_unit = {}
-    for stream in model.streams:
-        concerned = [i for i, owner in enumerate(owners) if owner in (stream, None)]
-        if model.streams[stream] > 1:
-            of_unit[stream] = growth.log_by_stream[stream][:, concerned].max(axis=1)
-        else:
-            of_unit[stream] = np.full(len(batches) + 1, -np.inf)
-    linear = {
-        scale: {name: curve + math.log(scale) for name, curve in of_unit.items()}
-        for scale in scales
+
+    def curve(stream: str, owner: str | None) -> np.ndarray:
+        if owner not in owners:
+            return none
+        return growth.log_by_stream[stream][:, owners.index(owner)]
+
+    active = {name: curve(name, name) for name in model.streams}
+    # What is left of the noise differs along a stream only if that has several features.
+    passive = {
+        name: curve(name, None) if count > 1 else none for name, count in model.streams.items()
     }
-    slopes = {name: prediction.growth_per_step(curve) for name, curve in of_unit.items()}
-    return Prediction(model.streams, slopes, linear, {}, model.report)
+    return active, passive
 
 
 def measure(
