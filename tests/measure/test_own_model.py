@@ -1,4 +1,4 @@
-"""From anyone's function and weights to the onset of training, in whatever library it is written."""
+"""From anyone's function and weights to the onset of training, in whatever library."""
 
 import equinox as eqx
 import flax.linen as nn
@@ -97,7 +97,9 @@ def test_the_linear_prediction_is_what_small_noise_comes_to(make_model):
     predicted = own_model.predict(model, scales=(1e-6,), steps=20).linear[1e-6]
     measured = own_model.measure(model, 1e-6, steps=20)
     for stream in model.streams:
-        off = np.log(measured[stream]) - predicted[stream]
+        small = predicted[stream] < np.log(0.01)
+        off = (np.log(measured[stream]) - predicted[stream])[small]
+        assert small.sum() > 5
         assert np.abs(off).max() < 0.15, 'where two parts are as large they may add up'
         assert np.median(np.abs(off)) < 0.1
 
@@ -169,9 +171,9 @@ def test_a_small_network_that_is_another_one_is_a_sentence():
         Normalised().apply, variables, optax.sgd(0.1), loss, batches(),
         make=lambda counts: Normalised(*counts.values()).apply,
     )  # fmt: skip
-    with pytest.raises(ValueError, match='make: the network with features .* something else'):
+    with pytest.raises(ValueError, match=r'make: the network with features .* something else'):
         own_model.predict(model, steps=3, features=5)
-    with pytest.raises(ValueError, match='make: what it gives for .* fails'):
+    with pytest.raises(ValueError, match=r'make: what it gives for .* fails'):
         own_model.predict(linen(make=lambda counts: Net().apply), steps=3)
 
 
