@@ -8,15 +8,25 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 
-from zerojax.symmetry.axis_rules import RULES, stopped, unknown
-from zerojax.symmetry.identities import Axes, Axis, Identities, equal_along
+from zerojax.symmetry.arithmetic_rules import ARITHMETIC
+from zerojax.symmetry.axis_rules import stopped, unknown
+from zerojax.symmetry.identities import (
+    Axes,
+    Axis,
+    Identities,
+    equal_along,
+    is_equal_along,
+    length,
+)
+from zerojax.symmetry.layout_rules import LAYOUT
 
 JAX = pathlib.Path(jax.__file__).parent
+RULES = ARITHMETIC | LAYOUT
 
 # The parameter that holds what is called.
 CALLS = {
-    'checkpoint': 'jaxpr', 'closed_call': 'call_jaxpr', 'core_call': 'call_jaxpr',
-    'custom_jvp_call': 'call_jaxpr', 'custom_vjp_call': 'call_jaxpr',
+    'checkpoint': 'jaxpr', 'closed_call': 'call_jaxpr', 'composite': 'jaxpr',
+    'core_call': 'call_jaxpr', 'custom_jvp_call': 'call_jaxpr', 'custom_vjp_call': 'call_jaxpr',
     'custom_vjp_call_jaxpr': 'fun_jaxpr', 'jit': 'jaxpr', 'pjit': 'jaxpr', 'remat': 'jaxpr',
     'remat2': 'jaxpr',
 }  # fmt: skip
@@ -93,35 +103,39 @@ class Following:
         }
         return RULES.get(name, unknown)(self, eqn, *operands)
 
-    def _join(self, eqn: Any, a: Sequence[Axes], b: Sequence[Axes]) -> list[Axes]:
-        """Axes of values that are the one or the other."""
-        place = self.place(eqn)
+    def _roots(self, values: Sequence[Axes]) -> Any:
+        """What tells whether axes are the same, as far as it is known by now."""
         return [
-            tuple(self.ids.align(p, q, place) for p, q in zip(x, y, strict=True))
-            for x, y in zip(a, b, strict=True)
-        ]
-
-    def _signature(self, values: Sequence[Axes]) -> Any:
-        return [
-            [
-                [
-                    (x.identity if x.identity is None else self.ids.root(x.identity), x.size)
-                    for x in y
-                ]
-                for y in axes
-            ]
+            [[(x.identity is not None and self.ids.root(x.identity), x.size) for x in axis]
+             for axis in axes]
             for axes in values
-        ]
+        ]  # fmt: skip
+
+    def _carried_on(self, eqn: Any, before: Axis, after: Axis) -> Axis:
+        """An axis of a carried value that is the one at first and the other later.
+
+        Unlike where values meet but once, factors of other sizes are given up, so that a loop comes
+        to an end: from equal along, to some factors, to a single pinned one.
+        """
+        joined = self.ids.align(before, after, self.place(eqn))
+        if is_equal_along(before) or [x.size for x in joined] == [x.size for x in before]:
+            return joined
+        reason = f'a loop groups its positions in several ways {self.place(eqn)}'
+        self.ids.pin((*before, *joined), reason)
+        return before if len(before) == 1 else self.ids.new_pinned(length(before), reason)
 
     def _repeat(self, eqn: Any, carry: list[Axes], body: Any) -> list[Axes]:
         """The carried values' axes that the body, carry -> (carry, ...), leaves as they are; and
         what else it returns."""
         while True:
             results = body(carry)
-            joined = self._join(eqn, carry, results[: len(carry)])
-            if self._signature(joined) == self._signature(carry):
-                return [*joined, *results[len(carry) :]]
-            carry = joined
+            carried = [
+                tuple(self._carried_on(eqn, a, b) for a, b in zip(x, y, strict=True))
+                for x, y in zip(carry, results[: len(carry)], strict=True)
+            ]
+            if self._roots(carried) == self._roots(carry):
+                return [*carried, *results[len(carry) :]]
+            carry = carried
 
     def _scan(self, eqn: Any, operands: list[Axes]) -> list[Axes]:
         constants, carried = eqn.params['num_consts'], eqn.params['num_carry']
@@ -154,6 +168,10 @@ class Following:
 
     def _cond(self, eqn: Any, operands: list[Axes]) -> list[Axes]:
         results, *others = [self.follow(branch, operands[1:]) for branch in eqn.params['branches']]
+        place = self.place(eqn)
         for other in others:
-            results = self._join(eqn, results, other)
+            results = [
+                tuple(self.ids.align(a, b, place) for a, b in zip(x, y, strict=True))
+                for x, y in zip(results, other, strict=True)
+            ]
         return results
