@@ -8,7 +8,7 @@ otherwise. Everything here follows from that declaration and works on any nested
 arrays that has one; it knows no network and no train step.
 
 `inference` finds the declaration in a function instead: `following` goes through its operations,
-`axis_rules` say what each does to axes, `identities` holds which have the same features.
+`axis_rules` holds what each does to axes, `identities` which axes are indexed by the same features.
 `orbits` holds the declaration and finds the orbits, `measures` says how equal their features are,
 `quotient` makes the small network that a symmetric one is equal to, `alignment` brings the features
 of two networks into the same order. A new measure of symmetry is a function in `measures`.

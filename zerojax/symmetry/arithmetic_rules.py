@@ -30,6 +30,13 @@ def elementwise(f: Follower, eqn: Any, *operands: Axes) -> list[Axes]:
     return [tuple(joined) for _ in eqn.outvars]
 
 
+def bitcast(f: Follower, eqn: Any, operand: Axes) -> list[Axes]:
+    """Elementwise where numbers have as many bits as before."""
+    if shape_of(eqn.invars[0]) != shape_of(eqn.outvars[0]):
+        return unknown(f, eqn, operand)
+    return elementwise(f, eqn, operand)
+
+
 def reduction(f: Follower, eqn: Any, operand: Axes) -> list[Axes]:
     """Sums, maxima and the like do not depend on the order of what they are over."""
     gone = eqn.params['axes']
@@ -160,6 +167,7 @@ ARITHMETIC: dict[str, Rule] = {
         along('axis', 'it is gone through in order'),
     ),
     **dict.fromkeys(('random_bits', 'random_seed', 'random_split'), random_numbers),
+    'bitcast_convert_type': bitcast,
     'conv_general_dilated': convolution,
     'dot_general': dot_general,
     'fft': fourier,
