@@ -31,6 +31,14 @@ NETWORKS = [
 ]
 
 
+@pytest.fixture
+def standard_promotion():
+    """Flax's layers mix dtypes."""
+    with jax.numpy_dtype_promotion('standard'):
+        yield
+
+
+@pytest.mark.usefixtures('standard_promotion')
 @pytest.mark.parametrize('convolution', ['direct', 'patches', 'mixed'])
 @pytest.mark.parametrize('channels', [1, 3])
 @pytest.mark.parametrize('network', NETWORKS, ids=lambda x: '-'.join(map(str, x.values())))

@@ -1,5 +1,6 @@
 """Follows the axes of parameters through a jaxpr, call by call and loop by loop."""
 
+import functools
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -8,18 +9,40 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 
-from zerojax.symmetry.axis_rules import RULES, stopped, unknown
-from zerojax.symmetry.identities import Axes, Axis, Identities, equal_along
+from zerojax.symmetry.arithmetic_rules import ARITHMETIC
+from zerojax.symmetry.axis_rules import stopped, unknown
+from zerojax.symmetry.identities import (
+    Axes,
+    Axis,
+    Identities,
+    equal_along,
+    is_equal_along,
+    length,
+)
+from zerojax.symmetry.layout_rules import LAYOUT
 
 JAX = pathlib.Path(jax.__file__).parent
+RULES = ARITHMETIC | LAYOUT
 
 # The parameter that holds what is called.
 CALLS = {
-    'checkpoint': 'jaxpr', 'closed_call': 'call_jaxpr', 'core_call': 'call_jaxpr',
-    'custom_jvp_call': 'call_jaxpr', 'custom_vjp_call': 'call_jaxpr',
+    'checkpoint': 'jaxpr', 'closed_call': 'call_jaxpr', 'composite': 'jaxpr',
+    'core_call': 'call_jaxpr', 'custom_jvp_call': 'call_jaxpr', 'custom_vjp_call': 'call_jaxpr',
     'custom_vjp_call_jaxpr': 'fun_jaxpr', 'jit': 'jaxpr', 'pjit': 'jaxpr', 'remat': 'jaxpr',
     'remat2': 'jaxpr',
 }  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_of_jax(file: str) -> bool:
+    return JAX in pathlib.Path(file).parents
+
+
+def _source(eqn: Any) -> list[tuple[str, int]]:
+    """Files and lines that an equation comes from, but for those of JAX, the innermost first."""
+    traceback = eqn.source_info.traceback
+    frames = traceback.frames if traceback else ()
+    return [(x.file_name, x.line_num) for x in frames if not _is_of_jax(x.file_name)]
 
 
 class Following:
@@ -35,25 +58,32 @@ class Following:
         self.ids = Identities()
         self.written: list[int] = []
         self.used: set[int] = set()
+        self._calls: list[Any] = []  # the equations whose inner jaxpr is being followed
 
     def writes(self, axes: Sequence[Axis]) -> None:
         """Takes down that features along these axes are put out here."""
         self.written += [x.identity for axis in axes for x in axis if x.identity is not None]
 
     def place(self, eqn: Any) -> str:
-        """The operation and where it stands in the source, in parentheses."""
-        traceback = eqn.source_info.traceback
-        for frame in traceback.frames if traceback else ():
-            if JAX not in pathlib.Path(frame.file_name).parents:
-                file = '/'.join(pathlib.Path(frame.file_name).parts[-3:])
-                return f'({eqn.primitive.name}, {file}:{frame.line_num})'
-        return f'({eqn.primitive.name})'
+        """The operation and where it stands in the source, in parentheses.
 
-    def constant(self, x: Any) -> Axes:
+        JAX's own functions are traced once, so that an operation in them may tell of another call
+        than the one it belongs to: it is believed if it tells of its caller as well.
+        """
+        place: tuple[str, int] | None = None
+        for each in (*self._calls, eqn):
+            places = _source(each)
+            if places and (place is None or place in places):
+                place = places[0]
+        if place is None:
+            return f'({eqn.primitive.name})'
+        return f'({eqn.primitive.name}, {"/".join(pathlib.Path(place[0]).parts[-3:])}:{place[1]})'
+
+    def _constant(self, x: Any, place: str) -> Axes:
         """Axes of an array that is no parameter: pinned where its values differ along them."""
         if not hasattr(x, 'shape') or x.shape == ():
             return ()
-        reason = 'numbers that are no parameters differ along it'
+        reason = f'numbers that are no parameters differ along it {place}'
         if jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended):
             return tuple(stopped(self, (), size, reason) for size in x.shape)
         values = np.asarray(x)
@@ -68,60 +98,74 @@ class Following:
         """Axes of the results of a jaxpr, open or closed."""
         known: dict[Any, Axes] = {}
         if isinstance(jaxpr, ClosedJaxpr):
-            constants = [self.constant(x) for x in jaxpr.consts]
-            known |= zip(jaxpr.jaxpr.constvars, constants, strict=True)
+            constants = dict(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True))
             jaxpr = jaxpr.jaxpr
+        else:
+            constants = {}
         known |= zip(jaxpr.invars, inputs, strict=True)
 
-        def read(atom: Any) -> Axes:
-            return self.constant(atom.val) if isinstance(atom, Literal) else known[atom]
+        def read(atom: Any, place: str) -> Axes:
+            if isinstance(atom, Literal):
+                return self._constant(atom.val, place)
+            if atom not in known:  # where it is read first, its numbers meet others
+                known[atom] = self._constant(constants[atom], place)
+            return known[atom]
 
         for eqn in jaxpr.eqns:
-            results = self._through(eqn, [read(atom) for atom in eqn.invars])
+            results = self._through(eqn, [read(atom, self.place(eqn)) for atom in eqn.invars])
             known |= zip(eqn.outvars, results, strict=True)
-        return [read(atom) for atom in jaxpr.outvars]
+        return [read(atom, '(put out)') for atom in jaxpr.outvars]
 
     def _through(self, eqn: Any, operands: list[Axes]) -> list[Axes]:
         name = eqn.primitive.name
-        if name in CALLS:
-            return self.follow(eqn.params[CALLS[name]], operands)
-        loops = {'scan': self._scan, 'while': self._while, 'cond': self._cond}
-        if name in loops:
-            return loops[name](eqn, operands)
+        of_others = {'scan': self._scan, 'while': self._while, 'cond': self._cond}
+        of_others |= dict.fromkeys(CALLS, self._call)
+        if name in of_others:
+            self._calls.append(eqn)
+            results = of_others[name](eqn, operands)
+            self._calls.pop()
+            return results
         self.used |= {
             x.identity for axes in operands for axis in axes for x in axis if x.identity is not None
         }
         return RULES.get(name, unknown)(self, eqn, *operands)
 
-    def _join(self, eqn: Any, a: Sequence[Axes], b: Sequence[Axes]) -> list[Axes]:
-        """Axes of values that are the one or the other."""
-        place = self.place(eqn)
+    def _roots(self, values: Sequence[Axes]) -> Any:
+        """What tells whether axes are the same, as far as it is known by now."""
         return [
-            tuple(self.ids.align(p, q, place) for p, q in zip(x, y, strict=True))
-            for x, y in zip(a, b, strict=True)
-        ]
-
-    def _signature(self, values: Sequence[Axes]) -> Any:
-        return [
-            [
-                [
-                    (x.identity if x.identity is None else self.ids.root(x.identity), x.size)
-                    for x in y
-                ]
-                for y in axes
-            ]
+            [[(x.identity is not None and self.ids.root(x.identity), x.size) for x in axis]
+             for axis in axes]
             for axes in values
-        ]
+        ]  # fmt: skip
+
+    def _call(self, eqn: Any, operands: list[Axes]) -> list[Axes]:
+        return self.follow(eqn.params[CALLS[eqn.primitive.name]], operands)
+
+    def _carried_on(self, eqn: Any, before: Axis, after: Axis) -> Axis:
+        """An axis of a carried value that is the one at first and the other later.
+
+        Unlike where values meet but once, factors of other sizes are given up, so that a loop comes
+        to an end: from equal along, to some factors, to a single pinned one.
+        """
+        joined = self.ids.align(before, after, self.place(eqn))
+        if is_equal_along(before) or [x.size for x in joined] == [x.size for x in before]:
+            return joined
+        reason = f'a loop groups its positions in several ways {self.place(eqn)}'
+        self.ids.pin((*before, *joined), reason)
+        return before if len(before) == 1 else self.ids.new_pinned(length(before), reason)
 
     def _repeat(self, eqn: Any, carry: list[Axes], body: Any) -> list[Axes]:
         """The carried values' axes that the body, carry -> (carry, ...), leaves as they are; and
         what else it returns."""
         while True:
             results = body(carry)
-            joined = self._join(eqn, carry, results[: len(carry)])
-            if self._signature(joined) == self._signature(carry):
-                return [*joined, *results[len(carry) :]]
-            carry = joined
+            carried = [
+                tuple(self._carried_on(eqn, a, b) for a, b in zip(x, y, strict=True))
+                for x, y in zip(carry, results[: len(carry)], strict=True)
+            ]
+            if self._roots(carried) == self._roots(carry):
+                return [*carried, *results[len(carry) :]]
+            carry = carried
 
     def _scan(self, eqn: Any, operands: list[Axes]) -> list[Axes]:
         constants, carried = eqn.params['num_consts'], eqn.params['num_carry']
@@ -154,6 +198,10 @@ class Following:
 
     def _cond(self, eqn: Any, operands: list[Axes]) -> list[Axes]:
         results, *others = [self.follow(branch, operands[1:]) for branch in eqn.params['branches']]
+        place = self.place(eqn)
         for other in others:
-            results = self._join(eqn, results, other)
+            results = [
+                tuple(self.ids.align(a, b, place) for a, b in zip(x, y, strict=True))
+                for x, y in zip(results, other, strict=True)
+            ]
         return results

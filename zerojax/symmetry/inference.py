@@ -111,16 +111,16 @@ def _name_streams(following: Following, axes_of: dict[int, tuple[Path, int]]) ->
 
 
 def _report(ids: Identities, axes_of: dict[int, tuple[Path, int]], names: dict[int, str]) -> str:
-    named: dict[str, list[str]] = {name: [] for name in names.values()}
-    unnamed: dict[str, list[str]] = {}
+    streams: dict[str, list[str]] = {name: [] for name in names.values()}
+    stopped: dict[str, list[str]] = {}
     for identity, (path, axis) in axes_of.items():
-        place = f'{"/".join(path)} axis {axis}'
         reason = ids.reason(identity)
         if reason is None:
-            named[names[ids.root(identity)]].append(place)
+            places = streams[names[ids.root(identity)]]
         else:
-            unnamed.setdefault(reason, []).append(place)
+            places = stopped.setdefault(reason, [])
+        places.append(f'{"/".join(path)} axis {axis}')
     return '\n'.join(
-        [f'{name}: {", ".join(places)}' for name, places in named.items()]
-        + [f'no name, {reason}: {", ".join(places)}' for reason, places in unnamed.items()]
+        [f'{name}: {", ".join(places)}' for name, places in streams.items()]
+        + [f'no name for {", ".join(places)}: {reason}' for reason, places in stopped.items()]
     )
