@@ -1,6 +1,6 @@
 """Which architectures keep equal features equal to the bit, and when does noise let them learn?
 
-    python -m experiments.architectures [--steps=300] [--workdir=DIR]
+    python -m experiments.architectures [--steps=200] [--workdir=DIR]
 
 Small networks as they are written in Flax and Equinox, with constant initial weights and residual
 branches that start at 0, on scikit-learn's digits or, the GPT, on the descriptions of its data
@@ -38,7 +38,7 @@ from zerojax.run import checks, cli, data
 
 SCALE = 1e-6
 SGD = optax.sgd(0.1, momentum=0.9)
-BATCH = 128
+BATCH = 32
 CONTEXT = 32  # characters
 Tree = Any
 
@@ -78,9 +78,8 @@ class Mixer(nn.Module):
     def __call__(self, images: Any) -> Any:
         norm = nn.LayerNorm if self.norm else lambda: lambda x: x
         x_BxTxC = nn.Dense(32, kernel_init=constant_fan)(patches(images))
-        for _ in range(2):
-            x_BxTxC += mix(norm()(x_BxTxC).swapaxes(1, 2), 32).swapaxes(1, 2)
-            x_BxTxC += mix(norm()(x_BxTxC), 64)
+        x_BxTxC += mix(norm()(x_BxTxC).swapaxes(1, 2), 32).swapaxes(1, 2)
+        x_BxTxC += mix(norm()(x_BxTxC), 64)
         return nn.Dense(10, kernel_init=zeros)(norm()(x_BxTxC).mean(axis=1))
 
 
@@ -89,9 +88,8 @@ class ViT(nn.Module):
     def __call__(self, images: Any) -> Any:
         x_BxTxC = nn.Dense(32, kernel_init=constant_fan)(patches(images))
         x_BxTxC += self.param('positions', same_for_features, (16, 32))
-        for _ in range(2):
-            x_BxTxC += attend(nn.LayerNorm()(x_BxTxC))
-            x_BxTxC += mix(nn.LayerNorm()(x_BxTxC), 64)
+        x_BxTxC += attend(nn.LayerNorm()(x_BxTxC))
+        x_BxTxC += mix(nn.LayerNorm()(x_BxTxC), 64)
         return nn.Dense(10, kernel_init=zeros)(nn.LayerNorm()(x_BxTxC).mean(axis=1))
 
 
@@ -157,7 +155,7 @@ def text(steps: int) -> tuple[int, list[tuple[Any, Any]]]:
     rng = np.random.default_rng(0)
     found = []
     for _ in range(steps):
-        at = rng.integers(0, len(words) - CONTEXT, (BATCH // 4, 1)) + np.arange(CONTEXT + 1)
+        at = rng.integers(0, len(words) - CONTEXT, (BATCH, 1)) + np.arange(CONTEXT + 1)
         found.append((words[at[:, :-1]], words[at[:, 1:]]))
     return len(alphabet), found
 
@@ -235,7 +233,7 @@ def study(name: str, steps: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]
     model = ARCHITECTURES[name](steps)
     inputs, _ = model.batches[0]
     symmetry.check_feature_axes(
-        lambda params, x: model.call(model.apply, params, x), model.params, inputs, model.axes
+        lambda params, x: model.call(model.apply, params, x), model.params, inputs[:2], model.axes
     )
     alone = own_model.measure(model, 0.0, steps)
     broken = {stream: x for stream, x in alone.items() if x.any()}
@@ -270,7 +268,7 @@ def draw(curves: dict[str, dict[str, np.ndarray]], path: pathlib.Path) -> None:
 
 
 def run(argv: list[str]) -> None:
-    values = cli.text_flags(steps='300', workdir='runs/experiments/architectures')
+    values = cli.text_flags(steps='200', workdir='runs/experiments/architectures')
     cli.parse(argv, values)
     steps = cli.count(values, 'steps', least=2)
     workdir = paths.meant(values.workdir, f'--workdir={values.workdir}')

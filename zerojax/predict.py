@@ -172,21 +172,40 @@ def predict(
             for scale in scales:
                 reduced[scale].append(predictor.reduced(noise, scale, progress.advance))
     curves = {scale: (predictor.linear(scale), reduced[scale]) for scale in scales}
-    found: records.Record = {
-        'streams': {
-            name: {'features': count, 'growth': growth_per_step(linear[name])}
-            for name, count in predictor.stream_sizes.items()
-        },
-        'onsets': [row for scale in scales for row in onset_records(scale, *curves[scale])],
-        'curves': {str(scale): in_log10(reduced[scale][0]) for scale in scales},
-        'linear_curves': {str(scale): in_log10(curves[scale][0]) for scale in scales},
-        'rounding_scale': rounding_scale(
-            predictor.config.model.dtype or predictor.config.param_dtype, linear
-        ),
-        'operations': operations,
-        'steps': predictor.steps,
-    }
+    found = record(
+        predictor.stream_sizes,
+        linear,
+        curves,
+        dtype=predictor.config.model.dtype or predictor.config.param_dtype,
+        operations=operations,
+    )
     return found, curves
+
+
+def record(
+    features: dict[str, int],
+    of_unit: Curves,
+    curves: dict[float, tuple[Curves, list[Curves]]],
+    *,
+    dtype: str,
+    operations: dict[str, float | None],
+) -> records.Record:
+    """What predict.json holds of a prediction; `of_unit` is the linear one per unit of scale."""
+    return {
+        'streams': {
+            name: {'features': count, 'growth': growth_per_step(of_unit[name])}
+            for name, count in features.items()
+        },
+        'onsets': [row for scale, each in curves.items() for row in onset_records(scale, *each)],
+        'curves': {
+            str(scale): in_log10((reduced or [linear])[0])
+            for scale, (linear, reduced) in curves.items()
+        },
+        'linear_curves': {str(scale): in_log10(linear) for scale, (linear, _) in curves.items()},
+        'rounding_scale': rounding_scale(dtype, of_unit),
+        'operations': operations,
+        'steps': len(largest(of_unit)) - 1,
+    }
 
 
 def rounding_scale(dtype: str, linear: Curves) -> float:
@@ -290,6 +309,11 @@ def draw(curves: dict[float, tuple[Curves, list[Curves]]], seeds: int, path: pat
     figures.save_png(figure, path)
 
 
+def flags_given(argv: list[str]) -> list[str]:
+    """Names of the flags of a command line."""
+    return [each.lstrip('-').split('=')[0] for each in argv[1:] if each.startswith('-')]
+
+
 def predict_config(argv: list[str], values: flags.FlagValues) -> Answer:
     """Of the run of a config."""
     config, workdir = cli.parse_flags(argv, values, workdir='runs/predict_NAME')
@@ -312,8 +336,8 @@ def predict_config(argv: list[str], values: flags.FlagValues) -> Answer:
 
 def predict_model(argv: list[str], values: flags.FlagValues) -> Answer:
     """Of a model that --model names."""
-    given = {each.lstrip('-').split('=')[0] for each in argv[1:] if each.startswith('-')}
-    for name in sorted(given):
+    given = flags_given(argv)
+    for name in given:
         if name == 'config':
             raise UsageError('--model, --config: one run is predicted; leave one of them out')
         if name.startswith('config.'):
@@ -331,7 +355,7 @@ def predict_model(argv: list[str], values: flags.FlagValues) -> Answer:
     model = named_model.load(values.model)
     dtype = str(jnp.result_type(*jax.tree.leaves(model.params)))
     scales = scales_in(values.scales or '1e-6', dtype)
-    if not model.make and (unused := sorted({'features', 'seeds'} & given)):
+    if not model.make and (unused := [x for x in ('features', 'seeds') if x in given]):
         raise UsageError(
             f'--{unused[0]}: is of the reduced prediction, which needs an own_model.Model with '
             'make; leave it out'
@@ -345,27 +369,14 @@ def predict_model(argv: list[str], values: flags.FlagValues) -> Answer:
     cli.make_folder(workdir)
     say(f'{values.model}, {min(steps, len(model.batches))} steps')
     try:
-        operations = count_operations(model.step, model.start(), model.batches[0])
+        full = count_operations(model.step, model.start(), model.batches[0])
         told = own_model.predict(model, scales, steps, features=features, seeds=seeds)
     except ValueError as error:
         raise RunError(f'the symmetric run itself: {error}') from error
     of_unit = {name: x - math.log(scales[0]) for name, x in told.linear[scales[0]].items()}
     curves = {scale: (told.linear[scale], told.reduced.get(scale, [])) for scale in scales}
-    found: records.Record = {
-        'streams': {
-            name: {'features': count, 'growth': told.growth[name]}
-            for name, count in told.streams.items()
-        },
-        'onsets': [row for scale in scales for row in onset_records(scale, *curves[scale])],
-        'curves': {
-            str(scale): in_log10((reduced or [linear])[0])
-            for scale, (linear, reduced) in curves.items()
-        },
-        'linear_curves': {str(scale): in_log10(linear) for scale, (linear, _) in curves.items()},
-        'rounding_scale': rounding_scale(dtype, of_unit),
-        'operations': {'full': operations, 'reduced': None},
-        'steps': min(steps, len(model.batches)),
-    }
+    operations = {'full': full, 'reduced': None}
+    found = record(told.streams, of_unit, curves, dtype=dtype, operations=operations)
     described = {'model': values.model, 'feature_axes': told.report}
     return Answer(workdir, described, found, curves, seeds if told.reduced else 0)
 
@@ -374,8 +385,13 @@ def run(argv: list[str]) -> None:
     """The command; `argv` are the program's name and the flags."""
     began = time.monotonic()
     values = cli.text_flags(model=None, scales=None, steps=str(MAX_STEPS), features='8', seeds='5')
-    named = any(each.lstrip('-').split('=')[0] == 'model' for each in argv[1:])
-    answer = (predict_model if named else predict_config)(argv, values)
+    given = flags_given(argv)
+    if 'model' not in given and 'config' not in given:
+        raise UsageError(
+            '--config: missing; give it, or --model=MODULE:FUNCTION; to begin with, '
+            '--config=configs/digits.py'
+        )
+    answer = (predict_model if 'model' in given else predict_config)(argv, values)
     for line in screen(answer.found):
         say(line)
     figure = answer.workdir / 'figures' / 'predict.png'
