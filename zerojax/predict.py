@@ -29,6 +29,7 @@ import pathlib
 import statistics
 import sys
 import time
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -188,7 +189,7 @@ def record(
     curves: dict[float, tuple[Curves, list[Curves]]],
     *,
     dtype: str,
-    operations: dict[str, float | None],
+    operations: Mapping[str, float | None],
 ) -> records.Record:
     """What predict.json holds of a prediction; `of_unit` is the linear one per unit of scale."""
     return {

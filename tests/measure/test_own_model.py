@@ -1,5 +1,8 @@
 """From anyone's function and weights to the onset of training, in whatever library."""
 
+import pathlib
+import re
+
 import equinox as eqx
 import flax.linen as nn
 import jax
@@ -213,3 +216,13 @@ def test_an_optimizer_without_a_derivative_is_a_sentence():
     """Adam's where a gradient is 0, as that of all layers but the head is at first."""
     with pytest.raises(ValueError, match=r'step 1: the linearised step .* eps_root > 0'):
         own_model.predict(linen(optax.adam(1e-3)), steps=3)
+
+
+def test_the_readmes_example_runs_and_has_no_declaration(capsys):
+    readme = (pathlib.Path(__file__).parents[2] / 'README.md').read_text()
+    blocks = re.findall(r'^```python\n(.*?)^```', readme, re.M | re.S)
+    (block,) = [block for block in blocks if 'own_model' in block]
+    exec(block, {})
+    printed = capsys.readouterr().out
+    assert 'layers_0/kernel axis 1' in printed and '1 streams may be permuted' in printed
+    assert 'None' not in block
