@@ -88,7 +88,10 @@ def infer_feature_axes(
 
 
 def _names(path: tuple[Any, ...]) -> Path:
-    """Keys, attributes and indices on the way to a leaf."""
+    """Keys, attributes and indices on the way to a leaf; without the box that it is in, such as an
+    `nnx.Variable`."""
+    if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey('value'):
+        path = path[:-1]
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
