@@ -34,8 +34,8 @@ CALLS = {
 
 
 @functools.lru_cache(maxsize=1024)
-def _is_of_jax(file: str) -> bool:
-    return JAX in pathlib.Path(file).parents
+def _is_of_jax(file: str | None) -> bool:
+    return file is not None and JAX in pathlib.Path(file).parents
 
 
 def _source(eqn: Any) -> list[tuple[str, int]]:
@@ -52,12 +52,14 @@ class Following:
         ids: identities of axes.
         written: identities of axes that products put out, in the order of the computation.
         used: identities of axes that an operation has read.
+        own_derivatives: the operations met that have derivatives of their own, but for JAX's.
     """
 
     def __init__(self) -> None:
         self.ids = Identities()
         self.written: list[int] = []
         self.used: set[int] = set()
+        self.own_derivatives: set[str] = set()
         self._calls: list[Any] = []  # the equations whose inner jaxpr is being followed
 
     def writes(self, axes: Sequence[Axis]) -> None:
@@ -139,7 +141,11 @@ class Following:
         ]  # fmt: skip
 
     def _call(self, eqn: Any, operands: list[Axes]) -> list[Axes]:
-        return self.follow(eqn.params[CALLS[eqn.primitive.name]], operands)
+        name = eqn.primitive.name
+        called = eqn.params[CALLS[name]]
+        if name.startswith('custom_') and not _is_of_jax(called.jaxpr.debug_info.func_filename):
+            self.own_derivatives.add(name)
+        return self.follow(called, operands)
 
     def _carried_on(self, eqn: Any, before: Axis, after: Axis) -> Axis:
         """An axis of a carried value that is the one at first and the other later.
