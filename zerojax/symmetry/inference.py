@@ -2,11 +2,10 @@
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from zerojax.symmetry.following import Following
 from zerojax.symmetry.identities import Axes, Factor, Identities
@@ -62,83 +61,34 @@ def infer_feature_axes(
                 'the model first, such as by equinox.partition(model, equinox.is_array)'
             )
 
-    def function(leaves: list[Any], *inputs: Any) -> list[Any]:
-        return jax.tree.leaves(apply(jax.tree.unflatten(treedef, leaves), *inputs))
+    closed = jax.make_jaxpr(apply)(params, *inputs)
 
     following = Following()
-    arrays = [[following.ids.new() for _ in leaf.shape] for leaf in leaves]
-    _follow(following, function, leaves, inputs, arrays)
+    ids = following.ids
+    arrays = [[ids.new() for _ in leaf.shape] for leaf in leaves]
+    followed: list[Axes] = [
+        tuple((Factor(identity, size),) for identity, size in zip(array, leaf.shape, strict=True))
+        for array, leaf in zip(arrays, leaves, strict=True)
+    ]
+    of_inputs = 'it is an axis of the inputs'
+    followed += [
+        tuple(ids.new_pinned(size, of_inputs) for size in x.shape)
+        for x in closed.in_avals[len(arrays) :]
+    ]
+    for axes in following.follow(closed, followed):
+        for axis in axes:
+            ids.pin(axis, 'it is an axis of the outputs')
+
     axes_of = {  # in the order of the parameters
         identity: (path, i)
         for path, array in zip(paths, arrays, strict=True)
         for i, identity in enumerate(array)
     }
     for identity in axes_of.keys() - following.used:
-        following.ids.pin_identity(identity, 'the function does not use it')
+        ids.pin_identity(identity, 'the function does not use it')
     names = _name_streams(following, axes_of)
-    tuples = [tuple(names.get(following.ids.root(x)) for x in array) for array in arrays]
-    return InferredAxes(jax.tree.unflatten(treedef, tuples), _report(following.ids, axes_of, names))
-
-
-def _follow(
-    following: Following,
-    function: Callable[..., list[Any]],
-    leaves: list[Any],
-    inputs: tuple[Any, ...],
-    arrays: list[list[int]],
-) -> None:
-    """Follows the axes `arrays` of the leaves through a function of them and the inputs.
-
-    Derivatives are followed if some are not JAX's own: forwards, where that can be done.
-    """
-
-    def axes_of(i: int) -> Axes:
-        pairs = zip(arrays[i], leaves[i].shape, strict=True)
-        return tuple((Factor(identity, size),) for identity, size in pairs)
-
-    def pinned(reason: str, values: Iterable[Any]) -> list[Axes]:
-        return [tuple(following.ids.new_pinned(size, reason) for size in x.shape) for x in values]
-
-    def put_out(values: Iterable[Axes]) -> None:
-        for axes in values:
-            for axis in axes:
-                following.ids.pin(axis, 'it is an axis of the outputs')
-
-    def of_floats(floats: list[Any], leaves: list[Any], *inputs: Any) -> list[Any]:
-        leaves = leaves.copy()
-        for i, x in zip(chosen, floats, strict=True):
-            leaves[i] = x
-        return [y for y in function(leaves, *inputs) if _is_float(y)]
-
-    def forwards(tangents: list[Any], leaves: list[Any], *inputs: Any) -> list[Any]:
-        floats = [leaves[i] for i in chosen]
-        return jax.jvp(lambda x: of_floats(x, leaves, *inputs), (floats,), (tangents,))[1]
-
-    def backwards(cotangents: list[Any], leaves: list[Any], *inputs: Any) -> list[Any]:
-        floats = [leaves[i] for i in chosen]
-        return jax.vjp(lambda x: of_floats(x, leaves, *inputs), floats)[1](cotangents)[0]
-
-    chosen = [i for i, leaf in enumerate(leaves) if _is_float(leaf)]
-    of_leaves = [axes_of(i) for i in range(len(leaves))]
-    closed = jax.make_jaxpr(function)(leaves, *inputs)
-    of_inputs = pinned('it is an axis of the inputs', closed.in_avals[len(leaves) :])
-    put_out(following.follow(closed, [*of_leaves, *of_inputs]))
-    if 'custom_vjp_call' in following.own_derivatives:
-        cotangents = [y for y in closed.out_avals if _is_float(y)]
-        of_outputs = pinned('it is an axis of the outputs', cotangents)
-        closed = jax.make_jaxpr(backwards)(cotangents, leaves, *inputs)
-        gradients = following.follow(closed, [*of_outputs, *of_leaves, *of_inputs])
-        for i, gradient in zip(chosen, gradients, strict=True):
-            for a, b in zip(of_leaves[i], gradient, strict=True):
-                following.ids.align(a, b, '(gradient)')
-    elif following.own_derivatives:
-        of_floats_only = [of_leaves[i] for i in chosen]
-        closed = jax.make_jaxpr(forwards)([leaves[i] for i in chosen], leaves, *inputs)
-        put_out(following.follow(closed, [*of_floats_only, *of_leaves, *of_inputs]))
-
-
-def _is_float(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.inexact)
+    tuples = [tuple(names.get(ids.root(x)) for x in array) for array in arrays]
+    return InferredAxes(jax.tree.unflatten(treedef, tuples), _report(ids, axes_of, names))
 
 
 def _names(path: tuple[Any, ...]) -> Path:
@@ -163,7 +113,8 @@ def _name_streams(following: Following, axes_of: dict[int, tuple[Path, int]]) ->
     candidates = {root: names(*place) for root, place in first.items()}
     taken = collections.Counter(name for each in candidates.values() for name in set(each))
     return {
-        root: next(name for name in each if taken[name] == 1) for root, each in candidates.items()
+        root: next((name for name in each if taken[name] == 1), f'{each[-1]} ({root})')
+        for root, each in candidates.items()
     }
 
 
