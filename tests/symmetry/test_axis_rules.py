@@ -177,10 +177,10 @@ STOPPED = {
     'a derivative in reverse': (lambda p, h: with_jvp(lambda t: t[:, ::-1])(h), 'reversed'),
     'a gradient in reverse': (lambda p, h: with_vjp(lambda t: t[:, ::-1])(h), 'reversed'),
     'a derivative of equal numbers': (
-        lambda p, h: h * with_jvp(lambda t: t, jnp.ones_like)(h)[:, ::-1], 'reversed'
+        lambda p, h: h * with_jvp(lambda t: t, lambda z: jnp.ones_like(z))(h)[:, ::-1], 'reversed'
     ),
     'a gradient of equal numbers': (
-        lambda p, h: h * with_vjp(lambda t: t, jnp.ones_like)(h)[:, ::-1], 'reversed'
+        lambda p, h: h * with_vjp(lambda t: t, lambda z: jnp.ones_like(z))(h)[:, ::-1], 'reversed'
     ),
     'a callback': (
         lambda p, h: jax.pure_callback(lambda z: z[:, ::-1], h, h), 'cannot be followed'
