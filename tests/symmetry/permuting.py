@@ -13,10 +13,15 @@ def axes_by_leaf(inferred, params):
 
 
 def random_like(params, rng):
-    """Random float64 weights; whole numbers stay."""
-    return jax.tree.map(
-        lambda x: rng.normal(size=x.shape) if np.issubdtype(x.dtype, np.floating) else x, params
-    )
+    """Random float64 weights, positive where they are variances; whole numbers stay."""
+
+    def fill(path, x):
+        if not np.issubdtype(x.dtype, np.floating):
+            return x
+        noise = rng.normal(size=x.shape)
+        return np.abs(noise) if 'var' in jax.tree_util.keystr(path) else noise
+
+    return jax.tree_util.tree_map_with_path(fill, params)
 
 
 def broken_streams(apply, params, inputs, seed=0):
@@ -37,6 +42,7 @@ def broken_streams(apply, params, inputs, seed=0):
             permuted = _permuted(weights, axes, stream, rng)
             others = jax.tree.leaves(compiled(treedef.unflatten(permuted), *inputs))
             pairs = zip(outputs, others, strict=True)
+            assert all(np.isfinite(x).all() for x in outputs)
             if not all(np.allclose(a, b, rtol=1e-9, atol=1e-9) for a, b in pairs):
                 broken.append(stream)
     return inferred, broken

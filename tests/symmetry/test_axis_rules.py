@@ -20,8 +20,21 @@ def between(middle):
     return lambda p, x: middle(p, jnp.tanh(x @ p['a'])) @ p['c']
 
 
-def is_even(h):
+def is_positive(h):
     return jnp.sum(h) > 0
+
+
+def with_jvp(change, function=jnp.sin):
+    """A function with a derivative that is not its own."""
+    changed = jax.custom_jvp(function)
+    changed.defjvp(lambda primals, tangents: (function(*primals), change(*tangents)))
+    return changed
+
+
+def with_vjp(change, function=jnp.sin):
+    changed = jax.custom_vjp(function)
+    changed.defvjp(lambda x: (function(x), None), lambda _, cotangent: (change(cotangent),))
+    return changed
 
 
 FOLLOWED = {
@@ -66,7 +79,7 @@ FOLLOWED = {
     'a loop until': lambda p, h: lax.while_loop(
         lambda c: jnp.max(c) < 3, lambda c: c + 1 + p['v'] ** 2, h
     ),
-    'either': lambda p, h: lax.cond(is_even(h), lambda h: h, lambda h: h @ p['b'], h),
+    'either': lambda p, h: lax.cond(is_positive(h), lambda h: h, lambda h: h @ p['b'], h),
     'samples one by one': lambda p, h: jax.vmap(lambda z: jnp.tanh(p['b'] @ z))(h),
     'features one by one': lambda p, h: jax.vmap(lambda z, s: z * s, (1, 0), 1)(h, p['v']),
     'computed again': lambda p, h: jax.checkpoint(jax.jit(jax.nn.relu))(h),
@@ -77,6 +90,8 @@ FOLLOWED = {
     'a convolution': lambda p, h: lax.conv_general_dilated(
         h[:, None], p['w'], (1,), 'SAME', dimension_numbers=('NWC', 'WIO', 'NWC')
     )[:, 0],
+    'a derivative of its own': lambda p, h: with_jvp(lambda t: t * 2)(h),
+    'a gradient of its own': lambda p, h: with_vjp(lambda t: jnp.clip(t, -1, 1))(h),
     'a barrier': lambda p, h: lax.optimization_barrier(h),
 }  # fmt: skip
 
@@ -157,7 +172,15 @@ STOPPED = {
         lambda p, h: lax.while_loop(lambda c: c[0, 0] < 3, lambda c: c + 1, h), 'a part of it'
     ),
     'either in reverse': (
-        lambda p, h: lax.cond(is_even(h), lambda h: h, lambda h: h[:, ::-1], h), 'reversed'
+        lambda p, h: lax.cond(is_positive(h), lambda h: h, lambda h: h[:, ::-1], h), 'reversed'
+    ),
+    'a derivative in reverse': (lambda p, h: with_jvp(lambda t: t[:, ::-1])(h), 'reversed'),
+    'a gradient in reverse': (lambda p, h: with_vjp(lambda t: t[:, ::-1])(h), 'reversed'),
+    'a derivative of equal numbers': (
+        lambda p, h: h * with_jvp(lambda t: t, lambda z: jnp.ones_like(z))(h)[:, ::-1], 'reversed'
+    ),
+    'a gradient of equal numbers': (
+        lambda p, h: h * with_vjp(lambda t: t, lambda z: jnp.ones_like(z))(h)[:, ::-1], 'reversed'
     ),
     'a callback': (
         lambda p, h: jax.pure_callback(lambda z: z[:, ::-1], h, h), 'cannot be followed'

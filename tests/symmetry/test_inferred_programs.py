@@ -167,7 +167,7 @@ def run(program, params, inputs):
         if x.ndim == 0 or y.ndim == 0:
             continue
         made = OPERATIONS[operation](x, y, i, j)
-        if made is None or made.ndim > 4 or made.size > 512:
+        if made is None or made.ndim > 4 or not 1 <= made.size <= 512:
             continue
         if made.shape == x.shape:  # so that positions of the one meet those of the other
             made = made + x

@@ -11,9 +11,11 @@ from jax.extend.core import ClosedJaxpr, Literal
 
 from zerojax.symmetry.arithmetic_rules import ARITHMETIC
 from zerojax.symmetry.axis_rules import stopped, unknown
+from zerojax.symmetry.derivatives import own_derivative
 from zerojax.symmetry.identities import (
     Axes,
     Axis,
+    Factor,
     Identities,
     equal_along,
     is_equal_along,
@@ -58,6 +60,7 @@ class Following:
         self.ids = Identities()
         self.written: list[int] = []
         self.used: set[int] = set()
+        self._in_derivative = False  # one of a derivative is not needed
         self._calls: list[Any] = []  # the equations whose inner jaxpr is being followed
 
     def writes(self, axes: Sequence[Axis]) -> None:
@@ -79,10 +82,12 @@ class Following:
             return f'({eqn.primitive.name})'
         return f'({eqn.primitive.name}, {"/".join(pathlib.Path(place[0]).parts[-3:])}:{place[1]})'
 
-    def _constant(self, x: Any, place: str) -> Axes:
-        """Axes of an array that is no parameter: pinned where its values differ along them."""
-        if not hasattr(x, 'shape') or x.shape == ():
+    def _constant(self, x: Any, eqn: Any) -> Axes:
+        """Axes of an array that is no parameter: pinned where its values differ along them. The
+        equation is the one that reads it."""
+        if np.ndim(x) == 0:
             return ()
+        place = self.place(eqn) if eqn else '(put out)'
         reason = f'numbers that are no parameters differ along it {place}'
         if jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended):
             return tuple(stopped(self, (), size, reason) for size in x.shape)
@@ -104,17 +109,17 @@ class Following:
             constants = {}
         known |= zip(jaxpr.invars, inputs, strict=True)
 
-        def read(atom: Any, place: str) -> Axes:
+        def read(atom: Any, eqn: Any) -> Axes:
             if isinstance(atom, Literal):
-                return self._constant(atom.val, place)
-            if atom not in known:  # where it is read first, its numbers meet others
-                known[atom] = self._constant(constants[atom], place)
+                return self._constant(atom.val, eqn)
+            if atom not in known:
+                known[atom] = self._constant(constants[atom], eqn)
             return known[atom]
 
         for eqn in jaxpr.eqns:
-            results = self._through(eqn, [read(atom, self.place(eqn)) for atom in eqn.invars])
+            results = self._through(eqn, [read(atom, eqn) for atom in eqn.invars])
             known |= zip(eqn.outvars, results, strict=True)
-        return [read(atom, '(put out)') for atom in jaxpr.outvars]
+        return [read(atom, None) for atom in jaxpr.outvars]
 
     def _through(self, eqn: Any, operands: list[Axes]) -> list[Axes]:
         name = eqn.primitive.name
@@ -139,7 +144,36 @@ class Following:
         ]  # fmt: skip
 
     def _call(self, eqn: Any, operands: list[Axes]) -> list[Axes]:
-        return self.follow(eqn.params[CALLS[eqn.primitive.name]], operands)
+        name = eqn.primitive.name
+        results = self.follow(eqn.params[CALLS[name]], operands)
+        if name.startswith('custom_') and not self._in_derivative:
+            return self._with_derivative(eqn, operands, results)
+        return results
+
+    def _with_derivative(self, eqn: Any, operands: list[Axes], results: list[Axes]) -> list[Axes]:
+        """Follows the derivative that a function gives for itself, which need not be its own.
+
+        It may differ along axes that the function is equal along, so no such axes are left.
+        """
+        results = [tuple(map(self._as_if_different, axes)) for axes in results]
+        derivative = own_derivative(eqn, eqn.params[CALLS[eqn.primitive.name]])
+        entering = [operands[i] for i in derivative.float_operands]
+        leaving = [results[i] for i in derivative.float_results]
+        if derivative.backwards:
+            entering, leaving = leaving, entering
+        self._in_derivative = True
+        found = self.follow(
+            derivative.jaxpr, [*entering, *(operands[i] for i in derivative.operands)]
+        )
+        self._in_derivative = False
+        place = self.place(eqn)
+        for axes, others in zip(leaving, found, strict=True):
+            for a, b in zip(axes, others, strict=True):
+                self.ids.align(a, b, place)
+        return results
+
+    def _as_if_different(self, axis: Axis) -> Axis:
+        return tuple(Factor(self.ids.new(), x.size) if x.identity is None else x for x in axis)
 
     def _carried_on(self, eqn: Any, before: Axis, after: Axis) -> Axis:
         """An axis of a carried value that is the one at first and the other later.

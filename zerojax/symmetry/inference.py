@@ -38,8 +38,9 @@ def infer_feature_axes(
     of its positions matters (space, what is read of the inputs, what is put out, what a loop goes
     along), or if it cannot be followed; so some that could have a name may have none, but none has
     a name that could not. Arrays that the function closes over count with their values: where they
-    differ along an axis, that has no name. Derivatives that a function gives for itself
-    (`jax.custom_vjp`) are taken to be those of what it computes.
+    differ along an axis, that has no name. Derivatives of a symmetric function are symmetric; where
+    a function gives derivatives of its own (`jax.custom_jvp`, `jax.custom_vjp`), these are followed
+    as well.
 
     Args:
         apply: the model, called as apply(params, *inputs).
@@ -52,28 +53,31 @@ def infer_feature_axes(
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     paths = [_names(path) for path, _ in paths_and_leaves]
-    for path, (_, leaf) in zip(paths, paths_and_leaves, strict=True):
+    leaves = [leaf for _, leaf in paths_and_leaves]
+    for path, leaf in zip(paths, leaves, strict=True):
         if not hasattr(leaf, 'shape'):
             raise ValueError(
                 f'params: {"/".join(path)} is {leaf!r}, must be an array; take the arrays out of '
                 'the model first, such as by equinox.partition(model, equinox.is_array)'
             )
+
     closed = jax.make_jaxpr(apply)(params, *inputs)
 
     following = Following()
-    arrays = [[following.ids.new() for _ in leaf.shape] for _, leaf in paths_and_leaves]
+    ids = following.ids
+    arrays = [[ids.new() for _ in leaf.shape] for leaf in leaves]
     followed: list[Axes] = [
         tuple((Factor(identity, size),) for identity, size in zip(array, leaf.shape, strict=True))
-        for array, (_, leaf) in zip(arrays, paths_and_leaves, strict=True)
+        for array, leaf in zip(arrays, leaves, strict=True)
     ]
     of_inputs = 'it is an axis of the inputs'
     followed += [
-        tuple(following.ids.new_pinned(size, of_inputs) for size in x.shape)
+        tuple(ids.new_pinned(size, of_inputs) for size in x.shape)
         for x in closed.in_avals[len(arrays) :]
     ]
     for axes in following.follow(closed, followed):
         for axis in axes:
-            following.ids.pin(axis, 'it is an axis of the outputs')
+            ids.pin(axis, 'it is an axis of the outputs')
 
     axes_of = {  # in the order of the parameters
         identity: (path, i)
@@ -81,14 +85,17 @@ def infer_feature_axes(
         for i, identity in enumerate(array)
     }
     for identity in axes_of.keys() - following.used:
-        following.ids.pin_identity(identity, 'the function does not use it')
+        ids.pin_identity(identity, 'the function does not use it')
     names = _name_streams(following, axes_of)
-    tuples = [tuple(names.get(following.ids.root(x)) for x in array) for array in arrays]
-    return InferredAxes(jax.tree.unflatten(treedef, tuples), _report(following.ids, axes_of, names))
+    tuples = [tuple(names.get(ids.root(x)) for x in array) for array in arrays]
+    return InferredAxes(jax.tree.unflatten(treedef, tuples), _report(ids, axes_of, names))
 
 
 def _names(path: tuple[Any, ...]) -> Path:
-    """Keys, attributes and indices on the way to a leaf."""
+    """Keys, attributes and indices on the way to a leaf; without the box that it is in, such as an
+    `nnx.Variable`."""
+    if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey('value'):
+        path = path[:-1]
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
@@ -106,7 +113,8 @@ def _name_streams(following: Following, axes_of: dict[int, tuple[Path, int]]) ->
     candidates = {root: names(*place) for root, place in first.items()}
     taken = collections.Counter(name for each in candidates.values() for name in set(each))
     return {
-        root: next(name for name in each if taken[name] == 1) for root, each in candidates.items()
+        root: next((name for name in each if taken[name] == 1), f'{each[-1]} ({root})')
+        for root, each in candidates.items()
     }
 
 

@@ -43,7 +43,7 @@ def squeeze(f: Follower, eqn: Any, operand: Axes) -> list[Axes]:
 
 def reshape(f: Follower, eqn: Any, operand: Axes, *sizes: Axes) -> list[Axes]:
     """Axes are merged and taken apart."""
-    if sizes or eqn.params['dimensions'] is not None:
+    if sizes or eqn.params.get('dimensions') is not None:
         return unknown(f, eqn, operand, *sizes)
     old, new = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0])
     if old == new:
