@@ -243,7 +243,7 @@ def study(name: str, steps: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]
     unperturbed = np.max(list(alone.values()), axis=0)
     row = {
         'architecture': name,
-        'streams': len(model.streams),
+        'streams': sum(count > 1 for count in model.streams.values()),
         'without noise': 'equal to the bit'
         if not broken
         else f'{len(broken)} broken at step {first(unperturbed > 0)}',

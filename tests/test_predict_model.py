@@ -60,6 +60,10 @@ def generator():
     return *rest, iter(batches)
 
 
+def other():
+    return own_model.Model(*parts(), make=lambda counts: apply)
+
+
 def raising():
     raise KeyError('a key')
 
@@ -142,3 +146,10 @@ def test_a_run_that_diverges_is_one_line(tmp_path, capsys):
     assert predict.main(['predict', *flags]) == 1
     error = capsys.readouterr().err
     assert error.startswith('error: the symmetric run itself: step 1: ') and error.count('\n') == 1
+
+
+def test_a_small_network_that_is_another_one_is_one_line(tmp_path, capsys):
+    flags = ['--model=users_model:other', '--steps=2', f'--workdir={tmp_path}/p']
+    assert predict.main(['predict', *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith('error: --model=users_model:other: make: ') and error.count('\n') == 1

@@ -48,6 +48,7 @@ from zerojax.host.terminal import say
 from zerojax.measure import own_model
 from zerojax.measure.compiled import count_operations
 from zerojax.measure.prediction import ALONE, Curves, growth_per_step, largest
+from zerojax.measure.reduced import NoSuchNetwork
 from zerojax.measure.stability import ONSET, predict_onset
 from zerojax.run import checks, cli, data, named_model
 from zerojax.run.prediction import Predictor, check_predictable
@@ -372,6 +373,8 @@ def predict_model(argv: list[str], values: flags.FlagValues) -> Answer:
     try:
         full = count_operations(model.step, model.start(), model.batches[0])
         told = own_model.predict(model, scales, steps, features=features, seeds=seeds)
+    except NoSuchNetwork as error:
+        raise UsageError(f'--model={values.model}: {error}') from error
     except ValueError as error:
         raise RunError(f'the symmetric run itself: {error}') from error
     of_unit = {name: x - math.log(scales[0]) for name, x in told.linear[scales[0]].items()}

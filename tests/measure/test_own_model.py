@@ -187,6 +187,8 @@ def test_a_small_network_that_is_another_one_is_a_sentence():
         ({'batches': []}, 'batches: must be a list'),
         ({'batches': [np.zeros((3, 4))]}, 'batches: the first is ndarray; each must be'),
         ({'params': {'w': np.zeros(3, int)}}, 'params: w is int64; must be floats'),
+        ({'axes': {'v': (None, 'h')}}, 'axes: lacks w; has v, which params lacks'),
+        ({'axes': {'w': ('h',)}}, r"axes: w is \('h',\), which does not fit the shape"),
         ({'loss': lambda outputs, targets: outputs}, 'loss: returns .*; must be a scalar'),
         ({'params': {'w': 'x'}}, 'params: w is str; must be floats'),
         ({'apply': lambda params, x: x @ params['w'].cumsum(1)}, 'axes: no axis has a name'),
@@ -210,6 +212,12 @@ def test_features_that_start_unequal_are_named():
     model = own_model.Model(Net().apply, variables, optax.sgd(0.1), loss, batches())
     with pytest.raises(ValueError, match='params/second has 2 different ones; make the initial'):
         own_model.predict(model)
+
+
+@pytest.mark.parametrize('arguments', [{'scales': (0.0,)}, {'steps': 0}])
+def test_a_scale_or_a_number_of_steps_of_0_is_a_sentence(arguments):
+    with pytest.raises(ValueError, match=r'scales=\(.*\), steps=\d+: must be above 0, and at le'):
+        own_model.predict(linen(), **arguments)
 
 
 def test_an_optimizer_without_a_derivative_is_a_sentence():

@@ -26,6 +26,7 @@ from zerojax.measure import prediction, reduced, stability
 from zerojax.measure.prediction import Curves
 from zerojax.measure.stability import State
 from zerojax.step.determinism import jit_in_mode
+from zerojax.symmetry.check import fitted
 from zerojax.symmetry.orbits import feature_counts
 
 Tree = Any
@@ -75,13 +76,12 @@ class Model:
         if axes is None:
             inferred = symmetry.infer_feature_axes(apply, params, batches[0][0])
             axes, self.report = inferred.axes, str(inferred.report)
-        treedef: Any = jax.tree.structure(params)
-        self._treedef = treedef
+        _, _, declared = fitted(params, axes)
+        self._treedef = jax.tree.structure(params)
         self._paths = [
             tuple(jax.tree_util.keystr((key,), simple=True) for key in path) or ('params',)
             for path, _ in jax.tree_util.tree_leaves_with_path(params)
         ]
-        declared = self._treedef.flatten_up_to(axes)
         self.params = self.nested(jax.tree.map(jnp.asarray, params))
         self.axes = unflatten_dict(dict(zip(self._paths, declared, strict=True)))
         self.streams = feature_counts(self.params, self.axes)
@@ -199,9 +199,11 @@ def predict(
             prediction. `measure` draws the same.
 
     Raises:
-        ValueError: features start unequal, the step or its derivative is not finite, or `make`
-            gives no such network.
+        ValueError: features start unequal, or the step or its derivative is not finite.
+        NoSuchNetwork: `make` gives none.
     """
+    if steps < 1 or not all(scale > 0 for scale in scales):
+        raise ValueError(f'scales={scales}, steps={steps}: must be above 0, and at least 1')
     check_symmetric(model)
     noises = [_unit_noise(model, seed) for seed in range(seeds if model.make else 1)]
     active, passive = _of_unit(model, noises[0], steps)

@@ -27,11 +27,15 @@ Tree = Any
 TOLERANCE = 1e-9  # relative, of outputs in float64
 
 
+class NoSuchNetwork(ValueError):
+    """What `make` gives is not the same network with fewer features."""
+
+
 class Reduction:
     """The network of a model with a feature for each orbit.
 
     Raises:
-        ValueError: what `make` gives fails, or is not the same network.
+        NoSuchNetwork: what `make` gives fails, or is not the same network.
     """
 
     def __init__(self, model: 'Model', orbits: symmetry.Orbits) -> None:
@@ -83,7 +87,7 @@ class Reduction:
                 found = self._outputs(self._apply, weights)
             except Exception as error:
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise ValueError(
+                raise NoSuchNetwork(
                     f'make: what it gives for {self._orbits.counts()} fails ({reason})'
                 ) from error
             expected = self._outputs(model.apply, large)
@@ -91,7 +95,7 @@ class Reduction:
             a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
             size = float(np.max(np.abs(b), initial=0.0))
             if a.shape != b.shape or not np.max(np.abs(a - b), initial=0.0) <= TOLERANCE * size:
-                raise ValueError(
+                raise NoSuchNetwork(
                     f'make: the network with features {self._orbits.counts()} computes something '
                     'else than the one it stands for; in all arrays of two named axes the last '
                     'must be that of the output, and nothing else may sum over features, as '
@@ -117,7 +121,8 @@ def follow(
         passive: what the noise has beside that, per unit of scale, see `measure.prediction`.
 
     Raises:
-        ValueError: as `Reduction`, or features are too few.
+        NoSuchNetwork: as `Reduction`.
+        ValueError: features are too few.
     """
     batches, axes = model.batches[:steps], model.axes
     pair = Reduction(model, quotient.shares(model.streams, 2))

@@ -87,7 +87,7 @@ def check_feature_axes(
             parameter. Or the function cannot be tried: it rounds to less than float64, fails in
             it, or gives no finite floats.
     """
-    paths, leaves, names = _fitted(params, axes)
+    paths, leaves, names = fitted(params, axes)
     streams = _stream_sizes(paths, leaves, names)
     arguments = inputs if isinstance(inputs, tuple) else (inputs,)
     with (
@@ -228,7 +228,7 @@ def _is_declared(x: Any) -> bool:
     return isinstance(x, tuple) and all(each is None or isinstance(each, str) for each in x)
 
 
-def _fitted(params: Tree, axes: Tree) -> tuple[list[str], list[np.ndarray], list[Names]]:
+def fitted(params: Tree, axes: Tree) -> tuple[list[str], list[np.ndarray], list[Names]]:
     """Paths, arrays and names of the axes of all parameters.
 
     Raises:
