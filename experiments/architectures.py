@@ -73,15 +73,17 @@ def patches(images_BxHxW: Any) -> Any:
 
 
 class Mixer(nn.Module):
-    norm: bool = False
+    epsilon: float | None = None  # of LayerNorm; None: there is none
 
     @nn.compact
     def __call__(self, images: Any) -> Any:
-        norm = nn.LayerNorm if self.norm else lambda: lambda x: x
+        def norm(x: Any) -> Any:
+            return x if self.epsilon is None else nn.LayerNorm(self.epsilon)(x)
+
         x_BxTxC = nn.Dense(32, kernel_init=constant_fan)(patches(images))
-        x_BxTxC += mix(norm()(x_BxTxC).swapaxes(1, 2), 32).swapaxes(1, 2)
-        x_BxTxC += mix(norm()(x_BxTxC), 64)
-        return nn.Dense(10, kernel_init=zeros)(norm()(x_BxTxC).mean(axis=1))
+        x_BxTxC += mix(norm(x_BxTxC).swapaxes(1, 2), 32).swapaxes(1, 2)
+        x_BxTxC += mix(norm(x_BxTxC), 64)
+        return nn.Dense(10, kernel_init=zeros)(norm(x_BxTxC).mean(axis=1))
 
 
 class ViT(nn.Module):
@@ -210,10 +212,11 @@ def gpt(steps: int) -> own_model.Model:
 
 ARCHITECTURES: dict[str, Callable[[int], own_model.Model]] = {
     'MLP-Mixer without LayerNorm': lambda steps: linen(Mixer(), digits(steps), FASTER_SGD),
-    'the same, AdamW': lambda steps: linen(
+    'without LayerNorm, AdamW': lambda steps: linen(
         Mixer(), digits(steps), optax.adamw(3e-3, eps_root=1e-8)
     ),
-    'MLP-Mixer': lambda steps: linen(Mixer(norm=True), digits(steps)),
+    'MLP-Mixer': lambda steps: linen(Mixer(1e-6), digits(steps)),
+    'the same, epsilon 0.1': lambda steps: linen(Mixer(0.1), digits(steps)),
     'ViT': lambda steps: linen(ViT(), digits(steps)),
     'GPT block, AdamW': gpt,
     'ResNet, BatchNorm': lambda steps: linen(ResNet(), digits(steps), FASTER_SGD),
@@ -247,7 +250,7 @@ def study(name: str, steps: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]
         'without noise': 'equal to the bit'
         if not broken
         else f'{len(broken)} broken at step {first(unperturbed > 0)}',
-        'asymmetry then': f'{unperturbed[-1]:.1e}' if broken else '0',
+        'onset then': first(unperturbed >= ONSET),
         'growth a step': f'{max(x or 0.0 for x in prediction.growth.values()):+.3f}',
         'onset predicted': first(predicted >= ONSET),
         'onset measured': first(noisy >= ONSET),

@@ -10,6 +10,7 @@ from zerojax import own_model, predict
 
 MODULE = """
 import equinox as eqx
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,6 +61,23 @@ def generator():
     return *rest, iter(batches)
 
 
+class Net(nn.Module):
+    width: int = 12
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.tanh(nn.Dense(self.width, kernel_init=nn.initializers.constant(0.3), name='h')(x))
+        return nn.Dense(3, kernel_init=nn.initializers.zeros, name='head')(x)
+
+
+def linen():
+    _, _, *rest = parts()
+    params = Net().init(jax.random.key(0), rest[-1][0][0])
+    return own_model.Model(
+        Net().apply, params, *rest, make=lambda counts: Net(counts['params/h']).apply
+    )
+
+
 def other():
     return own_model.Model(*parts(), make=lambda counts: apply)
 
@@ -108,6 +126,17 @@ def test_a_model_of_equinox_is_predicted_from_its_function(tmp_path, capsys, fun
     assert found['steps'] == 10 and found['operations']['full'] > 0
     assert found['operations']['reduced'] is None
     assert (tmp_path / 'p' / 'figures' / 'predict.png').read_bytes()[:4] == b'\x89PNG'
+
+
+def test_a_model_that_can_be_made_smaller_has_the_reduced_prediction_too(tmp_path, capsys):
+    flags = ['--scales=1e-2', '--features=4', '--seeds=2', f'--workdir={tmp_path}/p']
+    assert predict.main(['predict', '--model=users_model:linen', *flags]) == 0
+    found = json.loads((tmp_path / 'p' / 'predict.json').read_text())
+    assert [len(each['reduced_seeds']) for each in found['onsets']] == [2, 2]
+    curve, linear = (found[name]['0.01']['params/h'] for name in ('curves', 'linear_curves'))
+    assert len(curve) == len(linear) == 13 and curve != linear
+    np.testing.assert_allclose(curve[:8], linear[:8], atol=0.3)
+    assert 'reduced, by seed of the noise' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,9 @@ def standard_promotion():
 
 STREAMS = {  # numbers of features; of attention those that queries and keys share, and values
     'MLP-Mixer without LayerNorm': [32, 32, 64],
-    'the same, AdamW': [32, 32, 64],
+    'without LayerNorm, AdamW': [32, 32, 64],
     'MLP-Mixer': [32, 32, 64],
+    'the same, epsilon 0.1': [32, 32, 64],
     'ViT': [2, 16, 16, 32, 64],
     'GPT block, AdamW': [2, 16, 16, 32, 64],
     'ResNet, BatchNorm': [16, 16, 32, 32],
@@ -45,7 +46,7 @@ def test_it_ends_in_a_table_and_a_figure(monkeypatch, tmp_path, capsys):
     with open(tmp_path / 'a' / 'table.csv') as file:
         (row,) = csv.DictReader(file)
     assert row['architecture'] == 'NNX residual MLP' and row['streams'] == '2'
-    assert (row['without noise'], row['asymmetry then']) == ('equal to the bit', '0')
+    assert (row['without noise'], row['onset then']) == ('equal to the bit', '-')
     assert row['onset predicted'] == row['onset measured'] == '-'
     assert float(row['growth a step']) < 1
     assert 'experiments.architectures --steps=3' in (tmp_path / 'a' / 'table.md').read_text()
