@@ -10,7 +10,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 
 from zerojax.symmetry.arithmetic_rules import ARITHMETIC
-from zerojax.symmetry.axis_rules import stopped, unknown
+from zerojax.symmetry.axis_rules import shape_of, stopped, unknown
 from zerojax.symmetry.derivatives import own_derivative
 from zerojax.symmetry.identities import (
     Axes,
@@ -45,6 +45,11 @@ def _source(eqn: Any) -> list[tuple[str, int]]:
     traceback = eqn.source_info.traceback
     frames = traceback.frames if traceback else ()
     return [(x.file_name, x.line_num) for x in frames if not _is_of_jax(x.file_name)]
+
+
+def _number_longer(atoms: Sequence[Any], avals: Sequence[Any]) -> int:
+    """How many arrays have more axes than their counterparts."""
+    return sum(len(shape_of(a)) > len(b.shape) for a, b in zip(atoms, avals, strict=True))
 
 
 class Following:
@@ -202,17 +207,21 @@ class Following:
             carry = carried
 
     def _scan(self, eqn: Any, operands: list[Axes]) -> list[Axes]:
-        constants, carried = eqn.params['num_consts'], eqn.params['num_carry']
-        reason = f'a loop goes along it {self.place(eqn)}'
-        stacked = operands[constants + carried :]
-        for axes in stacked:
+        # Operands are constants, carried values and stacked ones, results are carried values and
+        # stacked ones; what is stacked has an axis more than in the body.
+        body_jaxpr, reason = eqn.params['jaxpr'], f'a loop goes along it {self.place(eqn)}'
+        stacked = _number_longer(eqn.invars, body_jaxpr.in_avals)
+        carried = len(eqn.outvars) - _number_longer(eqn.outvars, body_jaxpr.out_avals)
+        first = len(operands) - stacked
+        constants, carry = operands[: first - carried], operands[first - carried : first]
+        for axes in operands[first:]:
             self.ids.pin(axes[0], reason)
 
         def body(carry: list[Axes]) -> list[Axes]:
-            inputs = [*operands[:constants], *carry, *(axes[1:] for axes in stacked)]
-            return self.follow(eqn.params['jaxpr'], inputs)
+            inputs = [*constants, *carry, *(axes[1:] for axes in operands[first:])]
+            return self.follow(body_jaxpr, inputs)
 
-        results = self._repeat(eqn, operands[constants : constants + carried], body)
+        results = self._repeat(eqn, carry, body)
         steps = eqn.params['length']
         return [
             *results[:carried],
