@@ -37,6 +37,13 @@ def with_vjp(change, function=jnp.sin):
     return changed
 
 
+def through_a_ref(h):
+    """As `h[:, ::-1]`."""
+    ref = jax.new_ref(jnp.zeros_like(h))
+    ref[...] = h[:, ::-1]
+    return ref[...]
+
+
 FOLLOWED = {
     'nothing': lambda p, h: h,
     'a layer': lambda p, h: jnp.tanh(h @ p['b']),
@@ -92,6 +99,7 @@ FOLLOWED = {
     )[:, 0],
     'a derivative of its own': lambda p, h: with_jvp(lambda t: t * 2)(h),
     'a gradient of its own': lambda p, h: with_vjp(lambda t: jnp.clip(t, -1, 1))(h),
+    'what nobody needs': lambda p, h: (h[:, ::-1], jax.debug.print('{}', h[0, 0]), h)[2],
     'a barrier': lambda p, h: lax.optimization_barrier(h),
 }  # fmt: skip
 
@@ -182,6 +190,7 @@ STOPPED = {
     'a gradient of equal numbers': (
         lambda p, h: h * with_vjp(lambda t: t, lambda z: jnp.ones_like(z))(h)[:, ::-1], 'reversed'
     ),
+    'what a reference held': (lambda p, h: h * through_a_ref(h), 'reversed'),
     'a callback': (
         lambda p, h: jax.pure_callback(lambda z: z[:, ::-1], h, h), 'cannot be followed'
     ),

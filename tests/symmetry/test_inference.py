@@ -111,6 +111,12 @@ def test_several_inputs_and_any_tree():
     assert inferred.axes == ([(None, '0'), ('0', None)], ())
 
 
+def test_a_single_array_is_a_tree():
+    """And its stream is one of the params."""
+    inferred = symmetry.infer_feature_axes(lambda p, x: jnp.sum(p**2) * x, np.zeros(3), np.zeros(2))
+    assert inferred.axes == ('params',)
+
+
 def test_names_differ():
     """Streams that one module writes first are told apart by array, or by axis."""
 

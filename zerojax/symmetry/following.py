@@ -21,7 +21,7 @@ from zerojax.symmetry.identities import (
     is_equal_along,
     length,
 )
-from zerojax.symmetry.layout_rules import LAYOUT
+from zerojax.symmetry.layout_rules import LAYOUT, TELLING
 
 JAX = pathlib.Path(jax.__file__).parent
 RULES = ARITHMETIC | LAYOUT
@@ -45,6 +45,18 @@ def _source(eqn: Any) -> list[tuple[str, int]]:
     traceback = eqn.source_info.traceback
     frames = traceback.frames if traceback else ()
     return [(x.file_name, x.line_num) for x in frames if not _is_of_jax(x.file_name)]
+
+
+def _needed(jaxpr: Any) -> list[Any]:
+    """The equations that the results follow from, and those that write to a `jax.Ref`."""
+    variables = {x for x in jaxpr.outvars if not isinstance(x, Literal)}
+    needed = []
+    for eqn in reversed(jaxpr.eqns):
+        writes = eqn.effects and eqn.primitive.name not in TELLING
+        if writes or not variables.isdisjoint(eqn.outvars):
+            needed.append(eqn)
+            variables |= {x for x in eqn.invars if not isinstance(x, Literal)}
+    return needed[::-1]
 
 
 def _number_longer(atoms: Sequence[Any], avals: Sequence[Any]) -> int:
@@ -121,7 +133,7 @@ class Following:
                 known[atom] = self._constant(constants[atom], eqn)
             return known[atom]
 
-        for eqn in jaxpr.eqns:
+        for eqn in _needed(jaxpr):
             results = self._through(eqn, [read(atom, eqn) for atom in eqn.invars])
             known |= zip(eqn.outvars, results, strict=True)
         return [read(atom, None) for atom in jaxpr.outvars]

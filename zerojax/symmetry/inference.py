@@ -60,9 +60,7 @@ def infer_feature_axes(
                 f'params: {"/".join(path)} is {leaf!r}, must be an array; take the arrays out of '
                 'the model first, such as by equinox.partition(model, equinox.is_array)'
             )
-
     closed = jax.make_jaxpr(apply)(params, *inputs)
-
     following = Following()
     ids = following.ids
     arrays = [[ids.new() for _ in leaf.shape] for leaf in leaves]
@@ -96,7 +94,7 @@ def _names(path: tuple[Any, ...]) -> Path:
     `nnx.Variable`."""
     if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey('value'):
         path = path[:-1]
-    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path) or ('params',)
 
 
 def _name_streams(following: Following, axes_of: dict[int, tuple[Path, int]]) -> dict[int, str]:

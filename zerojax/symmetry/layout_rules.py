@@ -225,12 +225,13 @@ def top_k(f: Follower, eqn: Any, operand: Axes) -> list[Axes]:
 
 SCATTERS = ('scatter', 'scatter-add', 'scatter-max', 'scatter-min', 'scatter-mul', 'scatter-sub',
             'scatter_add', 'scatter_max', 'scatter_min', 'scatter_mul')  # fmt: skip
+TELLING = ('debug_callback', 'debug_print')
 LEAVE_ALL = ('device_put', 'layout_constraint', 'optimization_barrier', 'sharding_constraint')
 
 LAYOUT: dict[str, Rule] = {
     **dict.fromkeys(SCATTERS, scatter),
     **dict.fromkeys(LEAVE_ALL, each_by_itself),
-    **dict.fromkeys(('debug_callback', 'debug_print'), silent),
+    **dict.fromkeys(TELLING, silent),
     **dict.fromkeys(('slice', 'dynamic_slice'), partly),
     **dict.fromkeys(('split', 'unstack'), take_apart),
     'broadcast_in_dim': broadcast_in_dim,
