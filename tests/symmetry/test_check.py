@@ -259,6 +259,15 @@ def test_a_function_that_cannot_be_tried_is_a_sentence(function, message):
         symmetry.check_feature_axes(function, X.T, X, (None, 'h'))
 
 
+def test_inputs_may_be_rounded_and_flags_are_not_traced():
+    def net(params, x, doubled):
+        x = jnp.asarray(x, jnp.float32).astype(jnp.bfloat16)
+        h = jnp.tanh(x.astype(params.dtype) @ params).sum(axis=1)
+        return 2 * h if doubled else h
+
+    assert symmetry.check_feature_axes(net, X.T, (X, True), (None, 'h')).streams == {'h': 5}
+
+
 def test_what_is_no_array_is_a_sentence():
     mlp = eqx.nn.MLP(4, 3, width_size=7, depth=1, key=jax.random.key(0))
     with pytest.raises(ValueError, match=r'params: activation is no array but .*partition'):

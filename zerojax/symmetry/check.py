@@ -25,6 +25,8 @@ Names = tuple[str | None, ...]  # of the axes of an array
 
 MOST_TOGETHER = 3  # axes without a name that are tried as one stream
 MOST_TRIALS = 300
+# How much rounding may grow where features are equal: LayerNorm divides by sqrt(epsilon) then.
+AMPLIFIED = 1e4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +97,8 @@ def check_feature_axes(
         jax.numpy_rank_promotion('allow'),
         jax.default_device(jax.local_devices(backend='cpu')[0]),
     ):
-        jax.eval_shape(apply, params, *arguments)  # raises what is wrong without us
+        # Raises what is wrong without us.
+        jax.eval_shape(lambda params: apply(params, *arguments), params)
         with jax.enable_x64(True):
             trial = Trial(apply, jax.tree.structure(params), leaves, arguments)
             return _tried(trial, paths, names, streams)
@@ -125,12 +128,12 @@ def _tried(
         worst = trial.unequal(chosen)
         if worst is None:
             not_finite.append(stream)
-        elif worst[0] > 1:
+        elif worst[0] > AMPLIFIED:
             i, axis = worst[1]
             raise ValueError(
                 f'stream {names[i][axis]!r}: where its features are equal, the gradients of '
                 f'{paths[i]} along axis {axis} are not; something chooses one of equals, such as a '
-                'sort or argmax'
+                'sort or argmax, or divides by their variance, which is 0'
             )
     seen = [bool(np.max(np.abs(x), initial=0.0) > FLOOR) for x in trial.gradients]
     free = [
