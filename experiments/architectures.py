@@ -270,7 +270,8 @@ def draw(curves: dict[str, dict[str, np.ndarray]], path: pathlib.Path) -> None:
     for axes in np.ravel(panels)[len(curves) :]:
         axes.set_axis_off()
     np.ravel(panels)[0].legend()
-    figure.savefig(path, dpi=150)
+    for suffix in ('.png', '.pdf'):
+        figure.savefig(path.with_suffix(suffix), dpi=150)
 
 
 def run(argv: list[str]) -> None:

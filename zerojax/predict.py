@@ -348,7 +348,7 @@ def predict_model(argv: list[str], values: flags.FlagValues) -> Answer:
             )
     flags.DEFINE_string('workdir', None, '', flag_values=values)
     cli.parse(argv, values)
-    where = values.workdir or f'runs/predict_{values.model.partition(":")[0]}'
+    where = values.workdir or f'runs/predict_{values.model.replace(":", "_")}'
     workdir = paths.meant(where, f'--workdir={where}')
     steps = cli.count(values, 'steps', least=2)
     features = cli.count(values, 'features', least=ALONE + 1)
@@ -372,6 +372,9 @@ def predict_model(argv: list[str], values: flags.FlagValues) -> Answer:
     say(f'{values.model}, {min(steps, len(model.batches))} steps')
     try:
         full = count_operations(model.step, model.start(), model.batches[0])
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    try:
         told = own_model.predict(model, scales, steps, features=features, seeds=seeds)
     except NoSuchNetwork as error:
         raise UsageError(f'--model={values.model}: {error}') from error

@@ -222,6 +222,56 @@ def test_an_embedding_of_words_and_a_model_of_equinox():
         )
 
 
+def attention():
+    """Of two heads, in Flax, with LayerNorm and a residual branch."""
+
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dense(6)(x)
+            x = x + nn.MultiHeadDotProductAttention(num_heads=2)(nn.LayerNorm()(x))
+            return nn.Dense(3)(nn.LayerNorm()(x))
+
+    x = np.random.default_rng(0).normal(size=(2, 5, 4)).astype(np.float32)
+    return Block().apply, Block().init(jax.random.key(0), x), x, [2, 3, 3, 6]
+
+
+def convolutions():
+    """In Flax, with BatchNorm, a grouped convolution and a maximum."""
+
+    class Network(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.BatchNorm(use_running_average=False)(nn.Conv(6, (3, 3))(x))
+            x = nn.Conv(6, (3, 3), feature_group_count=6)(nn.relu(x))
+            return nn.Dense(3)(nn.max_pool(x, (2, 2), (2, 2)).mean(axis=(1, 2)))
+
+    x = np.random.default_rng(0).normal(size=(2, 6, 6, 2)).astype(np.float32)
+    variables = Network().init(jax.random.key(0), x)
+
+    def apply(params, x):
+        variables_of = {**variables, 'params': params}
+        return Network().apply(variables_of, x, mutable=['batch_stats'])[0]
+
+    return apply, variables['params'], x, [6]
+
+
+def equinox():
+    mlp = eqx.nn.MLP(4, 3, width_size=7, depth=2, key=jax.random.key(0))
+    arrays, rest = eqx.partition(mlp, eqx.is_array)
+    return lambda params, x: jax.vmap(eqx.combine(params, rest))(x), arrays, X, [7, 7]
+
+
+@pytest.mark.parametrize('model', [attention, convolutions, equinox])
+def test_what_is_inferred_of_other_peoples_modules_is_true_and_complete(model):
+    apply, params, x, sizes = model()
+    axes = symmetry.infer_feature_axes(apply, params, x).axes
+    with jax.numpy_dtype_promotion('standard'):
+        found = symmetry.check_feature_axes(apply, params, x, axes)
+    assert sorted(found.streams.values()) == sizes
+    assert not found.unnamed and not found.not_finite
+
+
 @pytest.mark.parametrize(
     'axes,message',
     [
