@@ -44,6 +44,9 @@ def through_a_ref(h):
     return ref[...]
 
 
+REF = jax.new_ref(np.zeros(6))
+KEYS = jax.random.split(jax.random.key(0), 6)
+
 FOLLOWED = {
     'nothing': lambda p, h: h,
     'a layer': lambda p, h: jnp.tanh(h @ p['b']),
@@ -191,6 +194,8 @@ STOPPED = {
         lambda p, h: h * with_vjp(lambda t: t, lambda z: jnp.ones_like(z))(h)[:, ::-1], 'reversed'
     ),
     'what a reference held': (lambda p, h: h * through_a_ref(h), 'reversed'),
+    'a reference from outside': (lambda p, h: h * REF[...], 'cannot be followed'),
+    'keys from outside': (lambda p, h: h * jax.vmap(jax.random.normal)(KEYS), 'random'),
     'a callback': (
         lambda p, h: jax.pure_callback(lambda z: z[:, ::-1], h, h), 'cannot be followed'
     ),

@@ -137,8 +137,9 @@ def fourier(f: Follower, eqn: Any, operand: Axes) -> list[Axes]:
 def random_numbers(f: Follower, eqn: Any, *operands: Axes) -> list[Axes]:
     """Differ from position to position."""
     reason = f'random numbers differ along it {f.place(eqn)}'
-    if any(operands):
-        return unknown(f, eqn, *operands)
+    for axes in operands:
+        for axis in axes:
+            f.ids.pin(axis, reason)
     return [
         tuple(stopped(f, (), size, reason) for size in shape_of(result)) for result in eqn.outvars
     ]
@@ -155,6 +156,10 @@ square stop_gradient sub tan tanh xor zeta
 """.split()  # noqa: SIM905
 
 REDUCTIONS = [f'reduce_{name}' for name in ('and', 'max', 'min', 'or', 'prod', 'sum', 'xor')]
+RANDOM = """
+random_bits random_clone random_fold_in random_gamma random_seed random_split random_unwrap
+random_wrap rng_bit_generator rng_uniform threefry2x32
+""".split()  # noqa: SIM905
 POOLINGS = ['reduce_window_max', 'reduce_window_min', 'reduce_window_sum']
 
 ARITHMETIC: dict[str, Rule] = {
@@ -166,7 +171,7 @@ ARITHMETIC: dict[str, Rule] = {
         ('cumlogsumexp', 'cummax', 'cummin', 'cumprod', 'cumsum'),
         along('axis', 'it is gone through in order'),
     ),
-    **dict.fromkeys(('random_bits', 'random_seed', 'random_split'), random_numbers),
+    **dict.fromkeys(RANDOM, random_numbers),
     'bitcast_convert_type': bitcast,
     'conv_general_dilated': convolution,
     'dot_general': dot_general,

@@ -106,7 +106,8 @@ class Following:
             return ()
         place = self.place(eqn) if eqn else '(put out)'
         reason = f'numbers that are no parameters differ along it {place}'
-        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended):
+        is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended)
+        if is_key or isinstance(x, jax.Ref):  # whose values are none, or may change
             return tuple(stopped(self, (), size, reason) for size in x.shape)
         values = np.asarray(x)
         return tuple(
