@@ -182,3 +182,4 @@ def test_a_small_network_that_is_another_one_is_one_line(tmp_path, capsys):
     assert predict.main(['predict', *flags]) == 2
     error = capsys.readouterr().err
     assert error.startswith('error: --model=users_model:other: make: ') and error.count('\n') == 1
+    assert not (tmp_path / 'p').exists()

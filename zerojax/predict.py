@@ -48,7 +48,6 @@ from zerojax.host.terminal import say
 from zerojax.measure import own_model
 from zerojax.measure.compiled import count_operations
 from zerojax.measure.prediction import ALONE, Curves, growth_per_step, largest
-from zerojax.measure.reduced import NoSuchNetwork
 from zerojax.measure.stability import ONSET, predict_onset
 from zerojax.run import checks, cli, data, named_model
 from zerojax.run.prediction import Predictor, check_predictable
@@ -365,7 +364,7 @@ def predict_model(argv: list[str], values: flags.FlagValues) -> Answer:
     if len(model.batches) < 2:
         raise UsageError(f'--model={values.model}: has 1 batch; must have at least 2, one a step')
     try:
-        own_model.check_symmetric(model)
+        own_model.check_predictable(model, features)
     except ValueError as error:
         raise UsageError(f'--model={values.model}: {error}') from error
     cli.make_folder(workdir)
@@ -376,8 +375,6 @@ def predict_model(argv: list[str], values: flags.FlagValues) -> Answer:
         raise UsageError(str(error)) from error
     try:
         told = own_model.predict(model, scales, steps, features=features, seeds=seeds)
-    except NoSuchNetwork as error:
-        raise UsageError(f'--model={values.model}: {error}') from error
     except ValueError as error:
         raise RunError(f'the symmetric run itself: {error}') from error
     of_unit = {name: x - math.log(scales[0]) for name, x in told.linear[scales[0]].items()}

@@ -36,7 +36,7 @@ STREAMS = {  # numbers of features; of attention those that queries and keys sha
 def test_every_architectures_streams_are_found_and_start_equal(name):
     model = architectures.ARCHITECTURES[name](2)
     assert sorted(count for count in model.streams.values() if count > 1) == STREAMS[name]
-    own_model.check_symmetric(model)
+    own_model.check_predictable(model)
 
 
 def test_it_ends_in_a_table_and_a_figure(monkeypatch, tmp_path, capsys):

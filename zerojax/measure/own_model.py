@@ -73,6 +73,7 @@ class Model:
         _check_batches(batches)
         self.apply, self.tx, self.loss, self.batches, self.make = apply, tx, loss, batches, make
         self.report = ''
+        self.reductions: dict[int, Any] = {}  # of `reduced.networks`, which are tried out once
         if axes is None:
             inferred = symmetry.infer_feature_axes(apply, params, batches[0][0])
             axes, self.report = inferred.axes, str(inferred.report)
@@ -199,12 +200,11 @@ def predict(
             prediction. `measure` draws the same.
 
     Raises:
-        ValueError: features start unequal, or the step or its derivative is not finite.
-        NoSuchNetwork: `make` gives none.
+        ValueError: as `check_predictable`, or the step or its derivative is not finite.
     """
     if steps < 1 or not all(scale > 0 for scale in scales):
         raise ValueError(f'scales={scales}, steps={steps}: must be above 0, and at least 1')
-    check_symmetric(model)
+    check_predictable(model, features)
     noises = [_unit_noise(model, seed) for seed in range(seeds if model.make else 1)]
     active, passive = _of_unit(model, noises[0], steps)
     of_unit = {name: np.maximum(active[name], passive[name]) for name in model.streams}
@@ -264,8 +264,13 @@ def measure(
     return {name: np.array([each[name] for each in found], np.float64) for name in model.streams}
 
 
-def check_symmetric(model: Model) -> None:
-    """Raises ValueError if features of a stream start unequal."""
+def check_predictable(model: Model, features: int = 8) -> None:
+    """Checks all of a model that can be known before it is trained.
+
+    Raises:
+        ValueError: features of a stream start unequal, `features` are too few, or what `make` gives
+            is not the same network.
+    """
     unique = symmetry.unique_features_by_stream(jax.device_get(model.params), model.axes)
     unequal = [f'{name} has {n} different ones' for name, n in unique.items() if n > 1]
     if unequal:
@@ -273,6 +278,8 @@ def check_symmetric(model: Model) -> None:
             f'params: all features of a stream must start equal, but {", ".join(unequal)}; make '
             'the initial weights constant along its axes'
         )
+    if model.make:
+        reduced.networks(model, features)
 
 
 def _unit_noise(model: Model, seed: int) -> Tree:

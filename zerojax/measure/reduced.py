@@ -27,20 +27,16 @@ Tree = Any
 TOLERANCE = 1e-9  # relative, of outputs in float64
 
 
-class NoSuchNetwork(ValueError):
-    """What `make` gives is not the same network with fewer features."""
-
-
 class Reduction:
     """The network of a model with a feature for each orbit.
 
     Raises:
-        NoSuchNetwork: what `make` gives fails, or is not the same network.
+        ValueError: what `make` gives fails, or is not the same network.
     """
 
     def __init__(self, model: 'Model', orbits: symmetry.Orbits) -> None:
         assert model.make is not None
-        self._model, self._orbits = model, orbits
+        self._model, self.orbits = model, orbits
         self._average = quotient.average_gradients(model.axes, orbits)
         self._apply = model.make(orbits.counts())
         self.params = quotient.reduce(jax.device_get(model.params), model.axes, orbits)
@@ -51,7 +47,7 @@ class Reduction:
         model, (inputs, targets) = self._model, batch
 
         def loss(params: Tree) -> jax.Array:
-            weights = quotient.counted(params, model.axes, self._orbits)
+            weights = quotient.counted(params, model.axes, self.orbits)
             return model.loss(model.call(self._apply, weights, inputs), targets)
 
         grads, _ = self._average.update(jax.grad(loss)(state[0]), optax.EmptyState())
@@ -81,26 +77,40 @@ class Reduction:
                 lambda x: rng.normal(size=x.shape) / np.sqrt(max(x.shape[:-1], default=1)),
                 self.params,
             )
-            large = quotient.expand(small, axes, self._orbits)
-            weights = quotient.counted(small, axes, self._orbits)
+            large = quotient.expand(small, axes, self.orbits)
+            weights = quotient.counted(small, axes, self.orbits)
             try:
                 found = self._outputs(self._apply, weights)
             except Exception as error:
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise NoSuchNetwork(
-                    f'make: what it gives for {self._orbits.counts()} fails ({reason})'
+                raise ValueError(
+                    f'make: what it gives for {self.orbits.counts()} fails ({reason})'
                 ) from error
             expected = self._outputs(model.apply, large)
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
             size = float(np.max(np.abs(b), initial=0.0))
             if a.shape != b.shape or not np.max(np.abs(a - b), initial=0.0) <= TOLERANCE * size:
-                raise NoSuchNetwork(
-                    f'make: the network with features {self._orbits.counts()} computes something '
+                raise ValueError(
+                    f'make: the network with features {self.orbits.counts()} computes something '
                     'else than the one it stands for; in all arrays of two named axes the last '
                     'must be that of the output, and nothing else may sum over features, as '
                     'LayerNorm does'
                 )
+
+
+def networks(model: 'Model', features: int) -> tuple[Reduction, Reduction]:
+    """Of two features a stream, and of some, in the sets of `prediction.arranged`.
+
+    Raises:
+        ValueError: as `Reduction`, or features are too few.
+    """
+    if features not in model.reductions:
+        any_order = {name: np.zeros(count) for name, count in model.streams.items()}
+        _, shares = prediction.arranged(any_order, features)
+        halves = quotient.shares(model.streams, 2)
+        model.reductions[features] = Reduction(model, halves), Reduction(model, shares)
+    return model.reductions[features]
 
 
 def follow(
@@ -121,17 +131,14 @@ def follow(
         passive: what the noise has beside that, per unit of scale, see `measure.prediction`.
 
     Raises:
-        NoSuchNetwork: as `Reduction`.
-        ValueError: features are too few.
+        ValueError: as `networks`.
     """
     batches, axes = model.batches[:steps], model.axes
-    pair = Reduction(model, quotient.shares(model.streams, 2))
+    pair, small = networks(model, features)
     covectors = prediction.sensitivities(
         pair.step, pair.start(pair.params), batches[: prediction.HORIZON], axes
     )
-    any_order = {name: np.zeros(count) for name, count in model.streams.items()}
-    _, shares = prediction.arranged(any_order, features)
-    small = Reduction(model, shares)
+    shares = small.orbits
     follower = prediction.Follower(small.step, axes, shares)
     found: dict[float, list[Curves]] = {scale: [] for scale in scales}
     for noise in noises:
