@@ -112,7 +112,7 @@ class Following:
         values = np.asarray(x)
         return tuple(
             equal_along(size)
-            if (values == values.take([0], i)).all()
+            if not values.size or (values == values.take([0], i)).all()
             else stopped(self, (), size, reason)
             for i, size in enumerate(values.shape)
         )
