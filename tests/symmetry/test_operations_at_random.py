@@ -138,7 +138,7 @@ def going_along(rng):
     axis = int(rng.integers(3))
     functions = jnp.flip, jnp.cumsum, jnp.sort, lambda x, axis: jnp.roll(x, 1, axis)
     function = functions[rng.integers(len(functions))]
-    return [sizes(rng, 3)], lambda x: function(x, axis=axis)
+    return [sizes(rng, 3, (3, 4))], lambda x: function(x, axis=axis)
 
 
 def joining(rng):
@@ -192,8 +192,8 @@ def mapping(rng):
 
 
 GENERATORS = [
-    product, convolution, reshapes, reading, writing, along_an_axis, part, padding, going_along, joining,
-    pooling, repeating, spreading, mapping,
+    product, convolution, reshapes, reading, writing, along_an_axis, part, padding, going_along,
+    joining, pooling, repeating, spreading, mapping,
 ]  # fmt: skip
 
 
