@@ -13,7 +13,7 @@ from jax import lax
 
 from tests.symmetry.permuting import broken_streams
 
-TIMES = 5  # for each generator
+TIMES = 8  # for each generator
 
 
 def sizes(rng, number, among=(2, 3, 4)):
@@ -86,14 +86,10 @@ def index(rng, shape):
     chosen = []
     for size in shape:
         number = int(rng.integers(size))
-        step = int(rng.choice([1, 2, -1]))
         kinds = (
-            slice(None),
-            slice(None),
-            number,
+            slice(None), slice(None), slice(None, None, -1), slice(number, None, 2), number,
             rng.integers(size, size=2),
-            slice(number, None, step),
-        )
+        )  # fmt: skip
         chosen.append(kinds[rng.integers(len(kinds))])
     if rng.random() < 0.3:
         chosen.insert(int(rng.integers(len(shape))), None)
@@ -138,6 +134,13 @@ def padding(rng):
     return [sizes(rng, 3), ()], lambda x, y: lax.pad(x, y, config)
 
 
+def going_along(rng):
+    axis = int(rng.integers(3))
+    functions = jnp.flip, jnp.cumsum, jnp.sort, lambda x, axis: jnp.roll(x, 1, axis)
+    function = functions[rng.integers(len(functions))]
+    return [sizes(rng, 3, (3, 4))], lambda x: function(x, axis=axis)
+
+
 def joining(rng):
     shape, axis, number = list(sizes(rng, 3)), int(rng.integers(3)), int(rng.integers(1, 4))
     if rng.random() < 0.3:
@@ -157,11 +160,14 @@ def repeating(rng):
     axis, repetitions = int(rng.integers(3)), sizes(rng, 3, (1, 2))
     functions = (
         lambda x: jnp.tile(x, repetitions),
+        lambda x: jnp.tile(x, (2, 1, 1)).reshape(2, *x.shape),
+        lambda x: jnp.tile(x, (2, 1, 1)).reshape(x.shape[0], 2, *x.shape[1:]),
+        lambda x: jnp.repeat(x, 2, 0).reshape(x.shape[0], 2, *x.shape[1:]),
         lambda x: jnp.repeat(x, 2, axis),
         lambda x: jnp.stack(jnp.unstack(x, axis=axis)[::-1], axis=2),
         lambda x: sum((i + 1) * y for i, y in enumerate(jnp.split(x, x.shape[axis], axis))),
     )
-    return [sizes(rng, 3)], functions[rng.integers(4)]
+    return [sizes(rng, 3)], functions[rng.integers(len(functions))]
 
 
 def spreading(rng):
@@ -182,12 +188,12 @@ def mapping(rng):
             (jnp.moveaxis(x, i, 0), y),
         )[1],
     )  # fmt: skip
-    return [shape, (shape[i], 2)], functions[rng.integers(3)]
+    return [shape, (shape[i], 2)], functions[rng.integers(len(functions))]
 
 
 GENERATORS = [
-    product, convolution, reshapes, reading, writing, along_an_axis, part, padding, joining,
-    pooling, repeating, spreading, mapping,
+    product, convolution, reshapes, reading, writing, along_an_axis, part, padding, going_along,
+    joining, pooling, repeating, spreading, mapping,
 ]  # fmt: skip
 
 
