@@ -46,6 +46,7 @@ MINUTES = {  # of each on two CPU cores; those of `images` are estimated from on
     'diversity': 9,
     'phase': 20,
     'curves': 2,
+    'architectures': 5,
     'held_out': 60,
     PAPER_SIZE: 25,
     FASHION: 240,

@@ -19,8 +19,8 @@ import numpy as np
 
 from experiments import runs
 from experiments.trajectories import METHODS, Laboratory, Trajectory
+from zerojax.measure.prediction import Curves
 from zerojax.perturb import Perturbation
-from zerojax.run.prediction import Curves
 
 SCALES = (1e-3, 1e-6)
 

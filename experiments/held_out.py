@@ -21,9 +21,9 @@ from experiments.trajectories import METHODS, Laboratory, listed_steps
 from zerojax.host import records
 from zerojax.host.terminal import say
 from zerojax.measure import stability
+from zerojax.measure.prediction import largest
 from zerojax.perturb import Perturbation
 from zerojax.predict import median_onset
-from zerojax.run.prediction import largest
 
 SCALES = (1e-3, 1e-5)
 SHORTCUTS = ('pre_relu', 'post_relu')

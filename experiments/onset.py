@@ -22,8 +22,8 @@ from experiments.trajectories import ONSET, Laboratory, Trajectory, listed_steps
 from zerojax.host import records
 from zerojax.host.terminal import say
 from zerojax.measure import kinks, stability
+from zerojax.measure.prediction import largest
 from zerojax.perturb import NONE, Perturbation
-from zerojax.run import prediction
 from zerojax.run.building import build_optimizer, scalars_of
 from zerojax.step import TrainState, cross_entropy, train_step_function
 from zerojax.step.determinism import jit_in_mode
@@ -78,7 +78,7 @@ class Prediction(Laboratory):
 
     def reduced(self, seed: int) -> dict[float, np.ndarray]:
         """{scale: log of the asymmetry that a reduced network has, [num_steps + 1]}."""
-        curves = map(prediction.largest, self.predict(seed, SCALES)['reduced'])
+        curves = map(largest, self.predict(seed, SCALES)['reduced'])
         return dict(zip(SCALES, curves, strict=True))
 
     def features_on_kinks(self, seed: int) -> list[dict[str, list[int]]]:

@@ -1,21 +1,18 @@
-"""Models that zerojax does not ship, from their declaration to the predicted and measured onset.
+"""Models that zerojax does not ship, from function and weights to predicted and measured onset.
 
 python -m experiments.own_model
+python -m zerojax.predict --model=experiments.own_model:mixer
 """
-
-import itertools
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
-from zerojax import perturb, symmetry
-from zerojax.measure import noise, stability
+from zerojax import own_model
 from zerojax.models.initializers import averaging, zeros
 from zerojax.run import data
-from zerojax.step import jit_in_mode
 
 
 class Mixer(nn.Module):  # rows of pixels are tokens T; features C are mixed, H are hidden
@@ -38,45 +35,37 @@ class MLP(nnx.Module):
         return self.head(nnx.gelu(self.hidden(x_BxHxW.reshape(-1, 64))))
 
 
-def layer(*kernel_axes):  # the features that index each axis of a kernel, and its bias
-    return {'kernel': kernel_axes, 'bias': kernel_axes[1:]}
+def batches():
+    train = data.load('digits', None, 'train', 'test').train
+    images, rng = train.images[..., 0].astype(np.float32) / 8 - 1, np.random.default_rng(0)
+    chosen = [rng.permutation(len(images))[:128] for _ in range(300)]
+    return [(images[batch], train.labels[batch]) for batch in chosen]
 
 
-MLP_AXES = {'hidden': layer(None, 'h'), 'head': layer('h', None)}
-MIXER_AXES = {'embed': layer(None, 'c'), 'head': layer('c', None), 'tokens': layer(None, None)}
-MIXER_AXES |= {'up': layer('c', 'h'), 'down': layer('h', 'c')}
+def loss(logits, labels):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-def study(name, apply, params, axes, tx, images, labels):
-    def loss(params, batch):
-        return optax.softmax_cross_entropy(apply(params, images[batch]), labels[batch]).mean()
+def mixer():
+    params = Mixer().init(jax.random.key(0), batches()[0][0])
+    return Mixer().apply, params, optax.sgd(0.1, 0.9), loss, batches()
 
-    def step(state, batch):  # (params, optimizer state), batch -> the same
-        updates, opt_state = tx.update(jax.grad(loss)(state[0], batch), state[1], state[0])
-        return optax.apply_updates(state[0], updates), opt_state
 
-    jitted = jit_in_mode(step, 'deterministic')
-    start, key = (params, tx.init(params)), jax.random.key(0)
-    batches = [jax.random.permutation(jax.random.key(i), 1437)[:128] for i in range(300)]
-    floor = noise.measure_noise(step, start, batches[0], compilations=2)['one executable']
-    print(f'{name}: noise of its own at most {max(x.ulps for x in floor.values())} ULPs')
-    tangents = stability.gaussian_tangents(params, key[None])
-    growth = stability.growth(step, start, batches, tangents, axes)
-    for epsilon in (1e-8, 1e-6, 1e-4):
-        perturbed = perturb.gaussian(params, key, epsilon), start[1]
-        states = itertools.accumulate(batches, jitted, initial=perturbed)
-        measured = [max(symmetry.asymmetry(state[0], axes).values()) for state in states]
-        onset = next((n for n, x in enumerate(measured) if x >= 0.1), None)
-        predicted = stability.predict_onset(growth.log_asymmetry[:, 0], epsilon)
-        print(f'  epsilon {epsilon:g}: onset predicted at step {predicted}, measured at {onset}')
+def mlp():
+    graph, params = nnx.split(MLP(nnx.Rngs(0)))
+
+    def apply(params, x):
+        return nnx.merge(graph, params)(x)
+
+    return apply, params, optax.adam(1e-3, eps_root=1e-8), loss, batches()
 
 
 if __name__ == '__main__':
-    train = data.load('digits', None, 'train', 'test').train
-    digits = jnp.asarray(train.images[..., 0]) / 8.0 - 1.0, jax.nn.one_hot(train.labels, 10)
-    params = Mixer().init(jax.random.key(0), digits[0][:1])['params']
-    mixer, tx = lambda params, x: Mixer().apply({'params': params}, x), optax.sgd(0.1, 0.9)
-    study('Linen mixer', mixer, params, MIXER_AXES, tx, *digits)
-    graph, params = nnx.split(MLP(nnx.Rngs(0)))
-    mlp, tx = lambda params, x: nnx.merge(graph, params)(x), optax.adam(1e-3, eps_root=1e-8)
-    study('NNX MLP', mlp, nnx.to_pure_dict(params), MLP_AXES, tx, *digits)
+    for parts in (mixer, mlp):
+        model = own_model.Model(*parts())
+        print(f'\n{parts.__name__}\n{model.report}')
+        print(own_model.predict(model, scales=(1e-8, 1e-6, 1e-4)))
+        for scale in (0, 1e-8, 1e-6, 1e-4):
+            largest = np.max(list(own_model.measure(model, scale).values()), axis=0)
+            onset = np.argmax(largest >= 0.1) if largest.max() >= 0.1 else 'never'
+            print(f'noise of {scale:g}: asymmetry {largest.max():.2g} at most, onset {onset}')

@@ -40,9 +40,10 @@ from zerojax.host import records
 from zerojax.host.errors import RunError
 from zerojax.host.terminal import say
 from zerojax.measure import prediction, stability
+from zerojax.measure.prediction import growth_per_step
 from zerojax.measure.stability import ONSET
 from zerojax.run.building import Source, build_optimizer, scalars_of
-from zerojax.run.prediction import check_predictable, check_symmetric, growth_per_step
+from zerojax.run.prediction import check_predictable, check_symmetric
 from zerojax.run.reduction import Reduction
 from zerojax.step import TrainState, jit_in_mode, train_step_function
 from zerojax.sweep import folder_name, sweep

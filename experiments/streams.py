@@ -15,7 +15,8 @@ from typing import Any
 from experiments import runs
 from experiments.trajectories import Laboratory
 from zerojax import symmetry
-from zerojax.run.prediction import Predictor, growth_per_step
+from zerojax.measure.prediction import growth_per_step
+from zerojax.run.prediction import Predictor
 
 SCALE = 1e-2
 MAX_STEPS = 400  # over the second half of which growth is measured

@@ -22,11 +22,12 @@ from experiments import runs
 from zerojax import config as config_lib
 from zerojax.host import records
 from zerojax.host.errors import UsageError
+from zerojax.measure.prediction import Curves
 from zerojax.measure.stability import ONSET
 from zerojax.perturb import NONE, Perturbation
 from zerojax.run.building import Source, keeps_last, scalars_of
 from zerojax.run.checks import resolve
-from zerojax.run.prediction import Curves, Predictor
+from zerojax.run.prediction import Predictor
 from zerojax.run.program import Programs
 from zerojax.step import TrainState
 from zerojax.step.precision import numbers_of

@@ -24,7 +24,7 @@ WITHOUT_A_FOLDER = {
     'experiments.all', 'experiments.performance.execution', 'zerojax.compare', 'zerojax.convert',
 }  # fmt: skip
 RUNS = {'zerojax.main', 'zerojax.sweep'}  # whose folders the runs make
-WITHOUT_A_CONFIG = {'experiments.drawings'} | {
+WITHOUT_A_CONFIG = {'experiments.architectures', 'experiments.drawings'} | {
     f'experiments.performance.{name}'
     for name in ('benchmark', 'convolutions', 'determinism', 'reduced')
 }

@@ -13,9 +13,10 @@ import pytest
 from zerojax import predict
 from zerojax.host import records
 from zerojax.host.errors import UsageError
+from zerojax.measure.prediction import growth_per_step, largest
 from zerojax.measure.stability import predict_onset
 from zerojax.run import data, train
-from zerojax.run.prediction import Predictor, growth_per_step, largest
+from zerojax.run.prediction import Predictor
 from zerojax.run.program import Programs
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from zerojax import config, interop, models, perturb, step, symmetry
-    from zerojax.measure import kinks, metrics, noise, stability
+    from zerojax.measure import kinks, metrics, noise, own_model, stability
     from zerojax.models import initializers
     from zerojax.run import train
     from zerojax.symmetry import quotient
 
 __version__ = '0.2.0'
 __all__ = [
-    'config', 'initializers', 'interop', 'kinks', 'metrics', 'models', 'noise', 'perturb',
-    'quotient', 'stability', 'step', 'symmetry', 'train',
+    'config', 'initializers', 'interop', 'kinks', 'metrics', 'models', 'noise', 'own_model',
+    'perturb', 'quotient', 'stability', 'step', 'symmetry', 'train',
 ]  # fmt: skip
 
 # Public modules that live in a room; `from zerojax import metrics` loads them.
@@ -28,6 +28,7 @@ _ROOMS = {
     'kinks': 'measure',
     'metrics': 'measure',
     'noise': 'measure',
+    'own_model': 'measure',
     'quotient': 'symmetry',
     'stability': 'measure',
     'train': 'run',

@@ -3,6 +3,7 @@
 python -m zerojax.predict --config=configs/NAME.py[:VARIANT] [--config.FIELD=VALUE ...]
                           [--scales=1e-8,1e-6] [--steps=N] [--features=8] [--seeds=5]
                           [--workdir=DIR]
+python -m zerojax.predict --model=MODULE:FUNCTION [the same flags, but --config]
 
 For gaussian noise on the initial weights of a network whose features start equal. Small networks
 stand for the run's: one of two features a stream says how small noise grows (linear prediction),
@@ -11,11 +12,16 @@ of the very noise that the run would draw, and of its batches; the reduced one a
 of the noise, --seeds in all, since onsets scatter. Training begins at the onset: the number of
 updates after which the asymmetry first is 0.1.
 
---scales defaults to the config's perturbation.scale, --steps to the run's, but at most 400. The
-screen tells each stream's growth, and each scale's onsets; DIR/predict.json (default:
-runs/predict_NAME) has the curves, DIR/figures/predict.png shows them. Exit status: 0 success,
-whatever is predicted; 1 the symmetric run itself diverges; 2 a mistake in flags, config, data or
-workdir, or a run that this cannot predict.
+A model of your own needs no config: FUNCTION returns (apply, params, tx, loss, batches), as
+zerojax.own_model.Model takes them, or such a Model; which axes hold features is inferred. Its
+linear prediction is of the network itself, and --features and --seeds are for a Model that has
+`make`, of which there is a reduced one; without it, `curves` in predict.json are the linear ones.
+
+--scales defaults to the config's perturbation.scale (of a model to 1e-6), --steps to the run's, but
+at most 400. The screen tells each stream's growth, and each scale's onsets; DIR/predict.json
+(default: runs/predict_NAME) has the curves, DIR/figures/predict.png shows them. Exit status: 0
+success, whatever is predicted; 1 the symmetric run itself diverges; 2 a mistake in flags, config,
+model, data or workdir, or a run that this cannot predict.
 """
 
 import math
@@ -23,30 +29,40 @@ import pathlib
 import statistics
 import sys
 import time
+from collections.abc import Mapping
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 from ml_collections import ConfigDict
 
 from zerojax import config as config_lib
-from zerojax.host import figures, manifest, records
+from zerojax.host import figures, manifest, paths, records
 from zerojax.host.command import run_command
 from zerojax.host.errors import RunError, UsageError
 from zerojax.host.progress import Progress
 from zerojax.host.stop import exit_on_signals
 from zerojax.host.terminal import say
-from zerojax.measure.prediction import ALONE
+from zerojax.measure import own_model
+from zerojax.measure.compiled import count_operations
+from zerojax.measure.prediction import ALONE, Curves, growth_per_step, largest
 from zerojax.measure.stability import ONSET, predict_onset
-from zerojax.run import cli, data
-from zerojax.run.prediction import (
-    Curves,
-    Predictor,
-    check_predictable,
-    growth_per_step,
-    largest,
-)
+from zerojax.run import checks, cli, data, named_model
+from zerojax.run.prediction import Predictor, check_predictable
 
 MAX_STEPS = 400
+
+
+class Answer(NamedTuple):
+    """What is told, drawn and written."""
+
+    workdir: pathlib.Path
+    described: records.Record  # what was predicted, for predict.json
+    found: records.Record  # what predict.json holds of the prediction
+    curves: dict[float, tuple[Curves, list[Curves]]]  # {scale: (linear, reduced of each seed)}
+    seeds: int  # of the reduced prediction; 0: there is none
 
 
 def parse_scales(text: str | None, config: ConfigDict) -> list[float]:
@@ -62,11 +78,20 @@ def parse_scales(text: str | None, config: ConfigDict) -> list[float]:
                 f'perturbation.scale={scales[0]}: must be above 0, or give --scales=1e-8,1e-6'
             )
         return scales
+    return scales_in(text, config.param_dtype)
+
+
+def scales_in(text: str, dtype: str) -> list[float]:
+    """The scales that --scales names, for weights of a dtype.
+
+    Raises:
+        UsageError: one is no number above 0, or would be 0 or infinite in the dtype.
+    """
     try:
         scales = [float(each) for each in text.split(',')]
     except ValueError:
         scales = []
-    least, most = (1e-307, 1e307) if config.param_dtype == 'float64' else (1e-37, 1e37)
+    least, most = (1e-307, 1e307) if dtype == 'float64' else (1e-37, 1e37)
     if not scales or not all(least <= each <= most for each in scales):
         raise UsageError(
             f'--scales={text}: must be numbers above 0, such as 1e-8,1e-6, from {least} to {most}'
@@ -88,13 +113,13 @@ def onset_records(scale: float, linear: Curves, reduced: list[Curves]) -> list[r
         def of(curves: Curves, stream: str | None = stream) -> np.ndarray:
             return largest(curves) if stream is None else curves[stream]
 
-        seeds = [predict_onset(of(curves)) for curves in reduced]
+        seeds = [predict_onset(of(each)) for each in reduced]
         rows.append(
             {
                 'scale': scale,
                 'stream': stream,
                 'linear': predict_onset(of(linear)),
-                'reduced': median_onset(seeds),
+                'reduced': median_onset(seeds) if seeds else None,
                 'reduced_seeds': seeds,
             }
         )
@@ -148,29 +173,50 @@ def predict(
             for scale in scales:
                 reduced[scale].append(predictor.reduced(noise, scale, progress.advance))
     curves = {scale: (predictor.linear(scale), reduced[scale]) for scale in scales}
-    found: records.Record = {
-        'streams': {
-            name: {'features': count, 'growth': growth_per_step(linear[name])}
-            for name, count in predictor.stream_sizes.items()
-        },
-        'onsets': [row for scale in scales for row in onset_records(scale, *curves[scale])],
-        'curves': {str(scale): in_log10(reduced[scale][0]) for scale in scales},
-        'linear_curves': {str(scale): in_log10(curves[scale][0]) for scale in scales},
-        'rounding_scale': rounding_scale(predictor),
-        'operations': operations,
-        'steps': predictor.steps,
-    }
+    found = record(
+        predictor.stream_sizes,
+        linear,
+        curves,
+        dtype=predictor.config.model.dtype or predictor.config.param_dtype,
+        operations=operations,
+    )
     return found, curves
 
 
-def rounding_scale(predictor: Predictor) -> float:
+def record(
+    features: dict[str, int],
+    of_unit: Curves,
+    curves: dict[float, tuple[Curves, list[Curves]]],
+    *,
+    dtype: str,
+    operations: Mapping[str, float | None],
+) -> records.Record:
+    """What predict.json holds of a prediction; `of_unit` is the linear one per unit of scale."""
+    return {
+        'streams': {
+            name: {'features': count, 'growth': growth_per_step(of_unit[name])}
+            for name, count in features.items()
+        },
+        'onsets': [row for scale, each in curves.items() for row in onset_records(scale, *each)],
+        'curves': {
+            str(scale): in_log10((reduced or [linear])[0])
+            for scale, (linear, reduced) in curves.items()
+        },
+        'linear_curves': {str(scale): in_log10(linear) for scale, (linear, _) in curves.items()},
+        'rounding_scale': rounding_scale(dtype, of_unit),
+        'operations': operations,
+        'steps': len(largest(of_unit)) - 1,
+    }
+
+
+def rounding_scale(dtype: str, linear: Curves) -> float:
     """The scale of noise whose asymmetry at the start is one rounding of the run's arithmetic.
 
-    What is smaller may be swallowed, whatever the linear law says of it, or blown up.
+    What is smaller may be swallowed, whatever the linear law says of it, or blown up. `linear` is
+    per unit of scale.
     """
-    dtype = predictor.config.model.dtype or predictor.config.param_dtype
     roundoff = float(jnp.finfo(dtype).eps) / 2
-    return roundoff / math.exp(largest(predictor.linear(1.0))[0])
+    return roundoff / math.exp(largest(linear)[0])
 
 
 def screen(found: records.Record) -> list[str]:
@@ -196,7 +242,7 @@ def screen(found: records.Record) -> list[str]:
                 f'{each["scale"]:g}',
                 'any' if each['stream'] is None else each['stream'][-14:],
                 shown(each['linear']),
-                shown(each['reduced']),
+                shown(each['reduced']) if each['reduced_seeds'] else '-',
                 ', '.join(shown(onset) for onset in each['reduced_seeds']),
             )
         )
@@ -243,28 +289,34 @@ def draw(curves: dict[float, tuple[Curves, list[Curves]]], seeds: int, path: pat
             color = f'C{i}'
             for of_seed in reduced[1:]:
                 axes.plot(np.exp(of_seed[name]), color=color, lw=0.7, alpha=0.4)
-            axes.plot(np.exp(reduced[0][name]), color=color, lw=1.8, label=name)
+            for of_seed in reduced[:1]:
+                axes.plot(np.exp(of_seed[name]), color=color, lw=1.8, label=name)
             small = np.where(linear[name] < 0, linear[name], np.nan)
-            axes.plot(np.exp(small), '--', color=color, lw=1.2)
+            label = None if reduced else name
+            axes.plot(np.exp(small), '--', color=color, lw=1.2, label=label)
         axes.axhline(ONSET, color='0.5', lw=0.8)
         axes.set(yscale='log', xlabel='step', ylabel='asymmetry', title=f'noise of {scale:g}')
         axes.grid(alpha=0.3)
     others = f', thin: {seeds - 1} other seeds of the noise' if seeds > 1 else ''
+    lines = f'line: reduced network{others}\n' if seeds else ''
     figure.legend(
         *panels[0, 0].get_legend_handles_labels(),
         loc='outside lower center',
         ncols=4,
         frameon=False,
-        title=f'line: reduced network{others}\ndashes: linear prediction; grey: onset',
+        title=f'{lines}dashes: linear prediction; grey: onset',
         title_fontsize=9,
     )
     figures.save_png(figure, path)
 
 
-def run(argv: list[str]) -> None:
-    """The command; `argv` are the program's name and the flags."""
-    began = time.monotonic()
-    values = cli.text_flags(scales=None, steps=str(MAX_STEPS), features='8', seeds='5')
+def flags_given(argv: list[str]) -> list[str]:
+    """Names of the flags of a command line."""
+    return [each.lstrip('-').split('=')[0] for each in argv[1:] if each.startswith('-')]
+
+
+def predict_config(argv: list[str], values: flags.FlagValues) -> Answer:
+    """Of the run of a config."""
     config, workdir = cli.parse_flags(argv, values, workdir='runs/predict_NAME')
     steps = cli.count(values, 'steps', least=2)
     features = cli.count(values, 'features', least=ALONE + 1)
@@ -280,20 +332,84 @@ def run(argv: list[str]) -> None:
     predictor = Predictor(config, data.load_of(config), steps, features)
     cli.make_folder(workdir)
     found, curves = predict(predictor, scales, features, seeds)
-    for line in screen(found):
+    return Answer(workdir, {'config': config_lib.as_json(config)}, found, curves, seeds)
+
+
+def predict_model(argv: list[str], values: flags.FlagValues) -> Answer:
+    """Of a model that --model names."""
+    given = flags_given(argv)
+    for name in given:
+        if name == 'config':
+            raise UsageError('--model, --config: one run is predicted; leave one of them out')
+        if name.startswith('config.'):
+            raise UsageError(
+                f'--{name}: is a field of a config, and --model has none; leave it out'
+            )
+    flags.DEFINE_string('workdir', None, '', flag_values=values)
+    cli.parse(argv, values)
+    where = values.workdir or f'runs/predict_{values.model.replace(":", "_")}'
+    workdir = paths.meant(where, f'--workdir={where}')
+    steps = cli.count(values, 'steps', least=2)
+    features = cli.count(values, 'features', least=ALONE + 1)
+    seeds = cli.count(values, 'seeds', least=1)
+    checks.check_devices()
+    model = named_model.load(values.model)
+    dtype = str(jnp.result_type(*jax.tree.leaves(model.params)))
+    scales = scales_in(values.scales or '1e-6', dtype)
+    if not model.make and (unused := [x for x in ('features', 'seeds') if x in given]):
+        raise UsageError(
+            f'--{unused[0]}: is of the reduced prediction, which needs an own_model.Model with '
+            'make; leave it out'
+        )
+    if len(model.batches) < 2:
+        raise UsageError(f'--model={values.model}: has 1 batch; must have at least 2, one a step')
+    try:
+        own_model.check_predictable(model, features)
+    except ValueError as error:
+        raise UsageError(f'--model={values.model}: {error}') from error
+    cli.make_folder(workdir)
+    say(f'{values.model}, {min(steps, len(model.batches))} steps')
+    try:
+        full = count_operations(model.step, model.start(), model.batches[0])
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    try:
+        told = own_model.predict(model, scales, steps, features=features, seeds=seeds)
+    except ValueError as error:
+        raise RunError(f'the symmetric run itself: {error}') from error
+    of_unit = {name: x - math.log(scales[0]) for name, x in told.linear[scales[0]].items()}
+    curves = {scale: (told.linear[scale], told.reduced.get(scale, [])) for scale in scales}
+    operations = {'full': full, 'reduced': None}
+    found = record(told.streams, of_unit, curves, dtype=dtype, operations=operations)
+    described = {'model': values.model, 'feature_axes': told.report}
+    return Answer(workdir, described, found, curves, seeds if told.reduced else 0)
+
+
+def run(argv: list[str]) -> None:
+    """The command; `argv` are the program's name and the flags."""
+    began = time.monotonic()
+    values = cli.text_flags(model=None, scales=None, steps=str(MAX_STEPS), features='8', seeds='5')
+    given = flags_given(argv)
+    if 'model' not in given and 'config' not in given:
+        raise UsageError(
+            '--config: missing; give it, or --model=MODULE:FUNCTION; to begin with, '
+            '--config=configs/digits.py'
+        )
+    answer = (predict_model if 'model' in given else predict_config)(argv, values)
+    for line in screen(answer.found):
         say(line)
-    figure = workdir / 'figures' / 'predict.png'
-    drawn = figures.try_to_draw(figure, lambda: draw(curves, seeds, figure))
+    figure = answer.workdir / 'figures' / 'predict.png'
+    drawn = figures.try_to_draw(figure, lambda: draw(answer.curves, answer.seeds, figure))
     records.write_json(
-        workdir / 'predict.json',
+        answer.workdir / 'predict.json',
         {
             **manifest.environment(),
-            'config': config_lib.as_json(config),
-            **found,
+            **answer.described,
+            **answer.found,
             'seconds': round(time.monotonic() - began, 1),
         },
     )
-    say(f'\n{workdir}/predict.json' + (', figures/predict.png' if drawn else ''))
+    say(f'\n{answer.workdir}/predict.json' + (', figures/predict.png' if drawn else ''))
 
 
 def main(argv: list[str]) -> int:

@@ -11,7 +11,8 @@ from experiments import phase, runs
 from experiments.phase import DIES, GROWS, NOT_FINITE, NOTHING, STARTS, STAYS, Point, Run
 from zerojax import sweep
 from zerojax.host.errors import RunError
-from zerojax.run.prediction import Predictor, growth_per_step
+from zerojax.measure.prediction import growth_per_step
+from zerojax.run.prediction import Predictor
 
 STEPS = 120
 CHANCE = math.log(10)

@@ -277,6 +277,16 @@ def test_breaking_one_stream_leaves_the_others_symmetric_to_the_bit(network):
         assert ended.broken_streams == {name: 0 if name == broken else -1 for name in found}
 
 
+def layer(*kernel_axes):
+    return {'kernel': kernel_axes, 'bias': kernel_axes[1:]}
+
+
+MIXER_AXES = {
+    'embed': layer(None, 'c'), 'tokens': layer(None, None), 'up': layer('c', 'h'),
+    'down': layer('h', 'c'), 'head': layer('c', None),
+}  # fmt: skip
+
+
 class OwnModel:
     """The mixer of `experiments.own_model` as the train step takes any model; its streams are c,
     which its skip connections carry, and h, the hidden features of its MLP."""
@@ -288,7 +298,7 @@ class OwnModel:
         return own_model.Mixer().apply({'params': variables['params']}, images[..., 0]), {}
 
     def feature_axes(self):
-        return {'params': own_model.MIXER_AXES, 'batch_stats': {}}
+        return {'params': MIXER_AXES, 'batch_stats': {}}
 
 
 def test_the_streams_of_a_users_own_model_break_one_at_a_time():
@@ -306,7 +316,7 @@ def test_the_streams_of_a_users_own_model_break_one_at_a_time():
                 state.params['up']['bias'] += jnp.linspace(-0.1, 0.1, 64)
             for number, batch in enumerate(batches(8)):
                 state, _ = train_step(state, batch)
-                found = symmetry.asymmetry_by_stream(state.params, own_model.MIXER_AXES)
+                found = symmetry.asymmetry_by_stream(state.params, MIXER_AXES)
                 broken = noisy_before | ({noisy_at_step_2} if number >= 2 else set())
                 assert {name for name, value in found.items() if value > 0} == broken
             at_step = dict.fromkeys(own, -1) | dict.fromkeys(noisy_before, 0)

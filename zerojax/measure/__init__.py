@@ -2,7 +2,8 @@
 
 `metrics` is what the paper measures. `stability` tells how fast a small asymmetry grows along a
 symmetric run, `kinks` where it has no derivative, `prediction` what noise on the initial weights
-will come to. What a machine can be trusted with has three storeys: `noise` compares numbers,
+will come to; `own_model` has it of anyone's function and weights, `reduced` follows that past the
+linear law. What a machine can be trusted with has three storeys: `noise` compares numbers,
 `equal_features` the features of one result, `step_audit` all that one train step gives; `compiled`
 makes and reads the programs that they look at. The command on top is `zerojax.audit`. What a
 program asks of a device is counted by `program_cost`, from the text that `hlo` reads, and held

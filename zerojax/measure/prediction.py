@@ -43,6 +43,7 @@ from zerojax.symmetry.orbits import feature_counts
 
 Tree = Any
 Streams = dict[str, np.ndarray]
+Curves = dict[str, np.ndarray]  # of each stream: natural logarithm of its asymmetry, [N + 1]
 
 HORIZON = 50  # steps, over which the covectors are found
 ALONE = 3  # shares of one feature: the first, and those with the lowest and highest coordinate
@@ -292,6 +293,19 @@ def spread(
                 size = factors[name] * jnp.max(jnp.std(several, axis, ddof=1)) / scales[name]
                 found[name] = jnp.maximum(found[name], size) if name in found else size
     return found
+
+
+def largest(curves: Curves) -> np.ndarray:
+    """Of all streams, [N + 1]; NaN where one of them is."""
+    return np.max(list(curves.values()), axis=0)
+
+
+def growth_per_step(curve: np.ndarray) -> float | None:
+    """Mean slope over the second half of the steps; None where there is no asymmetry."""
+    half = min(len(curve) // 2, len(curve) - 2)  # of a single step, that one
+    if not np.isfinite(curve[[half, -1]]).all():
+        return None
+    return float((curve[-1] - curve[half]) / (len(curve) - 1 - half))
 
 
 class Follower:

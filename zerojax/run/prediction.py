@@ -17,6 +17,7 @@ from zerojax import perturb, symmetry
 from zerojax.host.errors import UsageError
 from zerojax.measure import prediction, stability
 from zerojax.measure.compiled import count_operations
+from zerojax.measure.prediction import Curves
 from zerojax.run import checks
 from zerojax.run.building import Source, build_optimizer, keeps_last, scalars_of
 from zerojax.run.data import Dataset
@@ -28,7 +29,6 @@ from zerojax.symmetry import alignment, quotient
 from zerojax.symmetry.orbits import feature_counts
 
 Tree = Any
-Curves = dict[str, np.ndarray]  # of each stream: natural logarithm of its asymmetry, [N + 1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,19 +298,6 @@ def _larger(curves: Curves, passive: Curves, scale: float) -> Curves:
     return {
         name: np.maximum(curve, passive[name] + np.log(scale)) for name, curve in curves.items()
     }
-
-
-def largest(curves: Curves) -> np.ndarray:
-    """Of all streams, [N + 1]; NaN where one of them is."""
-    return np.max(list(curves.values()), axis=0)
-
-
-def growth_per_step(curve: np.ndarray) -> float | None:
-    """Mean slope over the second half of the steps; None where there is no asymmetry."""
-    half = min(len(curve) // 2, len(curve) - 2)  # of a single step, that one
-    if not np.isfinite(curve[[half, -1]]).all():
-        return None
-    return float((curve[-1] - curve[half]) / (len(curve) - 1 - half))
 
 
 def check_predictable(config: ConfigDict) -> None:
