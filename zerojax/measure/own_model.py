@@ -29,6 +29,8 @@ from zerojax.step.determinism import jit_in_mode
 from zerojax.symmetry.check import fitted
 from zerojax.symmetry.orbits import feature_counts
 
+__all__ = ['Model', 'Prediction', 'check_predictable', 'measure', 'predict']
+
 Tree = Any
 Apply = Callable[..., Tree]
 Batch = tuple[Tree, Tree]
