@@ -232,5 +232,5 @@ def test_the_readmes_example_runs_and_has_no_declaration(capsys):
     (block,) = [block for block in blocks if 'own_model' in block]
     exec(block, {})
     printed = capsys.readouterr().out
-    assert 'layers_0/kernel axis 1' in printed and '1 streams may be permuted' in printed
+    assert 'layers_0/kernel axis 1' in printed and 'params/layers_0                32' in printed
     assert 'None' not in block
