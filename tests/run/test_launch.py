@@ -1,13 +1,15 @@
 """A sweep on a cluster: how it is cut into tasks, and what becomes of runs whose worker is lost."""
 
+import io
 import json
 import platform
 import re
 import signal
 import sys
+import types
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zerojax import config as config_lib
@@ -27,6 +29,7 @@ def groups_of(sizes):
     return [[(g, i) for i in range(size)] for g, size in enumerate(sizes)]
 
 
+@settings(deadline=None)  # of a machine that has other work
 @given(SIZES, st.integers(1, 30), st.integers(1, 5))
 def test_each_run_is_in_one_task_of_its_program(sizes, workers, at_once):
     groups = groups_of(sizes)
@@ -36,6 +39,7 @@ def test_each_run_is_in_one_task_of_its_program(sizes, workers, at_once):
     assert [len(task) for task in tasks] == sorted(map(len, tasks), reverse=True)
 
 
+@settings(deadline=None)  # of a machine that has other work
 @given(SIZES, st.integers(1, 30))
 def test_tasks_keep_every_worker_busy_and_are_few(sizes, workers):
     tasks = launch.split(groups_of(sizes), workers)
@@ -44,6 +48,7 @@ def test_tasks_keep_every_worker_busy_and_are_few(sizes, workers):
     assert len(tasks[0]) <= -(-total // workers), 'no worker has more than its share'
 
 
+@settings(deadline=None)  # of a machine that has other work
 @given(SIZES, st.integers(1, 30), st.integers(1, 5))
 def test_runs_that_are_computed_at_once_are_those_of_one_machine(sizes, workers, at_once):
     groups = groups_of(sizes)
@@ -84,6 +89,7 @@ LINES = [line(step, kind) for step in range(0, 12, 2) for kind in ('train', 'eva
 TEXT = ''.join(f'{each}\n' for each in LINES)
 
 
+@settings(deadline=None)  # of a machine that has other work
 @given(st.lists(st.tuples(st.integers(0, len(TEXT)), st.booleans()), max_size=12))
 def test_each_evaluation_is_shown_once_however_the_file_grows(tmp_path_factory, sizes):
     """Also if lines are half written, or a run goes on from before and writes them anew."""
@@ -233,6 +239,38 @@ def test_workers_may_be_lost_for_ever_if_each_gets_further(jobs):
     assert sum('a' in task for task in cluster.submitted) == 10
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    """The time that the driver takes for that; it waits for nothing."""
+    clock = types.SimpleNamespace(now=1.0, monotonic=lambda: clock.now, sleep=lambda _: None)
+    monkeypatch.setattr(launch, 'time', clock)
+    return clock
+
+
+@pytest.mark.parametrize('seconds,seen', [(60, True), (100, False)])
+def test_what_a_worker_has_finished_may_be_seen_late_but_is_not_trained_again(
+    jobs, clock, seconds, seen
+):
+    """Over a network files take a while; if they do not come at all, folders are not shared."""
+
+    class Away(Workers):
+        def outcome(self, task):
+            clock.now += 10
+            for job in task.jobs:
+                if clock.now >= seconds and seen:
+                    finish(*job)
+            return Outcome()
+
+    cluster = Away()
+    if seen:
+        assert names_of(launch.sweep_on(cluster, jobs, None)) == 'abcdef'
+    else:
+        told = re.escape(f'--workdir={jobs[0][1].parent}: a worker has finished a in it, which is ')
+        with pytest.raises(UsageError, match=f'^{told}.*; must be a folder that all workers sh'):
+            launch.sweep_on(cluster, jobs, None)
+    assert cluster.submitted == [['a', 'b', 'c'], ['e', 'f'], ['d']]
+
+
 def test_without_a_worker_nothing_is_submitted(jobs, capsys):
     class Later(Workers):
         asked = 0
@@ -343,6 +381,32 @@ def test_a_worker_trains_what_a_sweep_does_and_says_what_it_found(
     outcome = worker.train_task(worker.Task(jobs, 1, 1), 'test')
     assert outcome.status == 2
     assert outcome.message.startswith('error: 0: batch_size=1000000: must be at most')
+
+
+def test_a_run_that_failed_is_told_though_its_worker_is_stopped_at_a_later_one(
+    jobs, monkeypatch
+):
+    def train_alike(plan, numbers, *_):
+        plan.failed[numbers[0]] = RunError('not finite')
+        raise Stopped(signal.SIGTERM, 'at step 4')
+
+    monkeypatch.setattr(worker, 'train_alike', train_alike)
+    monkeypatch.setenv('ZEROJAX_LAUNCHER', '')  # comes back afterwards
+    outcome = worker.train_task(worker.Task(jobs[:4], 1, 1), 'test')
+    assert (outcome.status, outcome.failed) == (143, {'a': 'not finite'})
+
+
+def test_what_has_not_grown_is_not_read(tmp_path, monkeypatch):
+    """Thousands of runs are looked at each second, over a network."""
+    (tmp_path / 'metrics.jsonl').write_text(TEXT)
+    watch = Watch({i: WatchedRun(tmp_path, 10) for i in range(3)}, Progress(30))
+    opened = []
+    monkeypatch.setattr('builtins.open', lambda *_: opened.append(1) or io.BytesIO())
+    watch.update()
+    assert not opened
+    monkeypatch.setattr(WatchedRun, 'update', lambda run: opened.append(1) or [])
+    watch.update([1, 99])  # what is no longer watched is left out
+    assert len(opened) == 1
 
 
 def test_the_bar_counts_each_step_once(tmp_path):
