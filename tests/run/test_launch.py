@@ -1,7 +1,9 @@
 """A sweep on a cluster: how it is cut into tasks, and what becomes of runs whose worker is lost."""
 
+import importlib.util
 import io
 import json
+import pathlib
 import platform
 import re
 import signal
@@ -305,6 +307,134 @@ def test_a_run_that_another_process_trains_is_left_to_it(jobs, capsys):
     assert capsys.readouterr().out.count('a is trained by a worker of before; waiting') == 1
 
 
+def test_runs_that_fit_a_worker_do_not_wait_with_those_that_do_not(jobs, monkeypatch):
+    class Small(Workers):
+        larger = False
+
+        def workers(self, devices):
+            self.larger = self.larger or all(
+                (folder / 'summary.json').exists() for _, folder in small
+            )
+            return 2 if devices == 1 or self.larger else 0
+
+    small, jobs[5][0].mesh.data = jobs[:5], 2
+    cluster = Small()
+    assert names_of(launch.sweep_on(cluster, jobs, None)) == 'abcdef'
+    assert cluster.submitted[0] == ['a', 'b', 'c']
+    assert cluster.submitted[-1] == ['f']
+
+
+def pretended(monkeypatch, name, library, **has):
+    """The module `name` of zerojax.run, where the library has only this."""
+    monkeypatch.setitem(sys.modules, library, types.SimpleNamespace(**has))
+    file = pathlib.Path(launch.__file__).with_name(f'{name}.py')
+    spec = importlib.util.spec_from_file_location(f'pretended_{name}', file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_task_for_which_ray_has_no_node_any_more_is_given_up_and_nobody_is_to_blame(
+    jobs, monkeypatch
+):
+    """It would wait for ever, where a smaller node could take it."""
+    nodes = [{'Alive': True, 'Resources': {'CPU': float(cores)}} for cores in (16, 8)]
+    asked, cancelled = [], []
+    remote = types.SimpleNamespace(
+        options=lambda **options: asked.append(options['num_cpus']) or remote,
+        remote=lambda *_: len(asked),
+    )
+    on_ray = pretended(
+        monkeypatch, 'on_ray', 'ray', nodes=lambda: nodes, wait=lambda tickets, **_: ([], tickets),
+        remote=lambda **_: lambda _: remote, cancel=cancelled.append,
+    )  # fmt: skip
+    clock = types.SimpleNamespace(now=0.0)
+    monkeypatch.setattr(on_ray, 'time', types.SimpleNamespace(monotonic=lambda: clock.now))
+    cluster = on_ray.OnRay()
+    (ticket,) = cluster.submit([worker.Task(jobs, 1, 1)])
+    assert cluster.outcome(ticket) is None
+    nodes[0]['Alive'] = False
+    clock.now += 60
+    lost = cluster.outcome(ticket)
+    assert (lost.begun, cancelled) == (False, [ticket])
+    cluster.submit([worker.Task(jobs, 1, 1)])
+    assert asked == [16, 8]
+
+
+def test_runs_that_never_had_a_worker_do_not_fail(jobs):
+    class Full(Workers):
+        def outcome(self, task):
+            return super().outcome(task) if len(self.submitted) > 12 else Lost('gone', begun=False)
+
+    cluster = Full()
+    assert names_of(launch.sweep_on(cluster, jobs, None)) == 'abcdef'
+    assert ['a', 'b', 'c'] in cluster.submitted[3:]
+
+
+class JobOfSlurm:
+    job_id, state, ended = '7_0', 'RUNNING', False
+
+    def __init__(self, folder):
+        self.paths = types.SimpleNamespace(result_pickle=folder / 'result', stderr='7_0.err')
+        self.cancelled = False
+
+    def done(self, force_check=False):
+        return self.ended or self.cancelled
+
+    def cancel(self, check):
+        self.cancelled = True
+
+
+class NotTaken(Exception):
+    """Of submitit, when sbatch ends with an error."""
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """The module, and the job that sbatch takes before it takes none any more."""
+    jobs = [JobOfSlurm(tmp_path)]
+
+    def map_array(*_):
+        if not jobs:
+            print('sbatch: error: Invalid\n  partition', file=sys.stderr)
+            raise NotTaken('sbatch: error: Invalid\n  partition')
+        return [jobs.pop()]
+
+    executor = types.SimpleNamespace(update_parameters=lambda **_: None, map_array=map_array)
+    errors = types.SimpleNamespace(utils=types.SimpleNamespace(FailedJobError=NotTaken))
+    module = pretended(
+        monkeypatch, 'on_slurm', 'submitit', AutoExecutor=lambda *_: executor, core=errors
+    )
+    return module, jobs[0]
+
+
+def test_jobs_that_sbatch_does_not_take_are_a_mistake_and_what_it_took_is_cancelled(
+    jobs, slurm, tmp_path, capsys
+):
+    module, taken = slurm
+    cluster = module.OnSlurm(tmp_path, False)
+    told = re.escape('--launcher=slurm: sbatch does not take the jobs (sbatch: error: Invalid part')
+    with pytest.raises(UsageError, match=f'^{told}'):
+        cluster.submit([worker.Task(jobs, 1, devices) for devices in (1, 2)])
+    assert taken.cancelled
+    assert capsys.readouterr().err == '', 'the one line is enough'
+
+
+@pytest.mark.parametrize('state', ['NODE_FAIL', 'PREEMPTED'])
+def test_a_job_of_slurm_that_left_no_result_is_lost_after_a_while(slurm, tmp_path, state):
+    """Nobody waits for it meanwhile, and where its log is is told."""
+    module, job = slurm
+    clock = types.SimpleNamespace(now=0.0)
+    module.time = types.SimpleNamespace(monotonic=lambda: clock.now)
+    cluster = module.OnSlurm(tmp_path, False)
+    assert cluster.outcome(job) is None
+    job.state, job.ended = state, state != 'PREEMPTED'  # which may come again, for submitit
+    for clock.now in (20.0, 30.0):
+        assert cluster.outcome(job) is None
+    clock.now = 36.0
+    assert cluster.outcome(job) == Lost(f'job 7_0 of Slurm: {state}; see 7_0.err')
+
+
 def test_runs_that_fail_are_told_as_by_a_sweep_on_one_machine(jobs):
     cluster = Workers(outcomes={'b': 'step 3: not finite', 'e': 'step 9: not finite'})
     with pytest.raises(RunError) as error:
@@ -383,9 +513,7 @@ def test_a_worker_trains_what_a_sweep_does_and_says_what_it_found(
     assert outcome.message.startswith('error: 0: batch_size=1000000: must be at most')
 
 
-def test_a_run_that_failed_is_told_though_its_worker_is_stopped_at_a_later_one(
-    jobs, monkeypatch
-):
+def test_a_run_that_failed_is_told_though_its_worker_is_stopped_at_a_later_one(jobs, monkeypatch):
     def train_alike(plan, numbers, *_):
         plan.failed[numbers[0]] = RunError('not finite')
         raise Stopped(signal.SIGTERM, 'at step 4')

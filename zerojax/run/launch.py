@@ -185,6 +185,7 @@ class _Driver:
 
     def _settle(self, task: _Submitted, outcome: Outcome | Lost) -> None:
         reason = outcome.reason if isinstance(outcome, Lost) else outcome.message
+        begun = not isinstance(outcome, Lost) or outcome.begun
         if isinstance(outcome, Lost):
             outcome = Outcome()
         for i in task.numbers:
@@ -204,7 +205,7 @@ class _Driver:
         )
         for i in left:
             self.waiting[i] = time.monotonic() + RETRY_SECONDS
-            if outcome.in_use:
+            if outcome.in_use or not begun:
                 continue
             self._losses[i] = self._losses[i] + 1 if stands else 0
             if self._losses[i] == TRIES:
@@ -220,21 +221,27 @@ class _Driver:
             )
 
     def _submit(self, numbers: list[int]) -> None:
-        """As tasks, if there is a worker.
+        """As tasks, those for which there is a worker.
 
         A run whose worker was lost before anything was trained is one of its own.
         """
         if not numbers:
             return
         plan = self._plan
+        devices = {i: plan.resolved[i].mesh.data for i in numbers}
+        there = {number: self._cluster.workers(number) for number in set(devices.values())}
+        if not all(there.values()):
+            self._say_once('no worker is there that has what a task needs; waiting for one')
+        for i in numbers:
+            if not there[devices[i]]:
+                self.waiting[i] = time.monotonic() + RETRY_SECONDS
+        numbers = [i for i in numbers if there[devices[i]]]
+        if not numbers:
+            return
+        workers = there[max(devices[i] for i in numbers)]
         sound = {i for i in numbers if not self._losses[i]}
         together = [[i for i in alike if i in sound] for alike in plan.pending.values()]
         alone = [[i] for i in numbers if self._losses[i]]
-        devices = {i: plan.resolved[i].mesh.data for i in numbers}
-        workers = self._cluster.workers(max(devices.values()))
-        if not workers:
-            self._say_once('no worker is there that has what a task needs; waiting for one')
-            return
         parts = split(list(filter(None, together)), workers, self._runs_at_once or 1)
         parts += alone
         tickets = self._cluster.submit(

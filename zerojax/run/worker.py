@@ -37,6 +37,7 @@ class Lost:
     """What is known of a task whose worker has ended without an outcome."""
 
     reason: str
+    begun: bool = True  # as far as is known; False: it never had a worker
 
 
 def train_task(task: Task, launcher: str) -> Outcome:
