@@ -93,7 +93,7 @@ class OnRay:
         """Whether a node is there that has what a task needs, be it in use or not."""
         if time.monotonic() - self._asked > NODES_SECONDS:
             self._there, self._asked = self._nodes(), time.monotonic()
-        needed = self._needed[ticket].items()
+        needed = self._needed.get(ticket, {}).items()
         return any(all(node.get(kind, 0) >= x for kind, x in needed) for node in self._there)
 
     def workers(self, devices: int) -> int:
