@@ -14,8 +14,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from experiments import arms, images, leakynet, lottery, runs, signal, streams, unique_features
-from zerojax import sweep
 from zerojax.host.errors import UsageError
+from zerojax.run import many
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -44,13 +44,13 @@ def test_an_experiment_goes_on_where_it_was(experiment, small, monkeypatch, caps
         trained.append(workdir.name)
         return sweep_train(config, workdir, *shared)
 
-    sweep_train = sweep.train
-    monkeypatch.setattr(sweep, 'train', train)
+    sweep_train = many.train
+    monkeypatch.setattr(many, 'train', train)
     with pytest.raises(KeyboardInterrupt):
         unique_features.run(experiment)
     assert not (experiment.workdir / 'table.csv').exists()
     monkeypatch.setattr(
-        sweep, 'train', lambda *args: trained.append(args[1].name) or sweep_train(*args)
+        many, 'train', lambda *args: trained.append(args[1].name) or sweep_train(*args)
     )
     unique_features.run(experiment)
     assert len(trained) == len(set(trained)) == 2 * 2, 'no run twice'
@@ -70,7 +70,7 @@ def test_an_experiment_goes_on_where_it_was(experiment, small, monkeypatch, caps
     assert (experiment.workdir / 'figure.pdf').exists()
 
     # A changed config is noticed, also in finished runs.
-    monkeypatch.setattr(sweep, 'train', None)
+    monkeypatch.setattr(many, 'train', None)
     unique_features.run(experiment)
     for first, second in runs.by_arm(runs.train_all(experiment, unique_features.arms())).values():
         assert first.summary['params_sha256'] != second.summary['params_sha256']

@@ -9,9 +9,9 @@ import pytest
 
 from experiments import phase, runs
 from experiments.phase import DIES, GROWS, NOT_FINITE, NOTHING, STARTS, STAYS, Point, Run
-from zerojax import sweep
 from zerojax.host.errors import RunError
 from zerojax.measure.prediction import growth_per_step
+from zerojax.run import many
 from zerojax.run.prediction import Predictor
 
 STEPS = 120
@@ -77,7 +77,7 @@ def test_phase(experiment, monkeypatch):
 
     # Would be noticed if anything were predicted or trained again.
     monkeypatch.setattr(phase.Pairs, '_reduction', None)
-    monkeypatch.setattr(sweep, 'train', None)
+    monkeypatch.setattr(many, 'train', None)
     phase.run(experiment)
     assert table(experiment) == rows
 
