@@ -361,6 +361,17 @@ def test_a_task_for_which_ray_has_no_node_any_more_is_given_up_and_nobody_is_to_
     assert asked == [16, 8]
 
 
+def test_a_client_of_ray_that_lacks_a_library_is_one_line(monkeypatch):
+    def init(*_, **__):
+        raise ModuleNotFoundError("No module named 'grpc'")
+
+    errors = types.SimpleNamespace(RayError=NotTaken)
+    on_ray = pretended(monkeypatch, 'on_ray', 'ray', init=init, exceptions=errors)
+    told = re.escape("--launcher=ray:ray://x: no Ray cluster can be had (No module named 'grpc')")
+    with pytest.raises(UsageError, match=f'^{told}$'), on_ray.connect('ray://x'):
+        pass
+
+
 def test_runs_that_never_had_a_worker_do_not_fail(jobs):
     class Full(Workers):
         def outcome(self, task):
