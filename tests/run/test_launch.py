@@ -355,6 +355,8 @@ def test_a_task_for_which_ray_has_no_node_any_more_is_given_up_and_nobody_is_to_
     assert cluster.outcome(ticket) is None
     nodes[0]['Alive'] = False
     clock.now += 60
+    assert cluster.outcome(ticket) is None, 'if it was trained there, Ray will tell'
+    clock.now += 60
     lost = cluster.outcome(ticket)
     assert (lost.begun, cancelled) == (False, [ticket])
     cluster.submit([worker.Task(jobs, 1, 1)])

@@ -20,6 +20,7 @@ from zerojax.run.worker import Lost, Outcome, Task, train_task
 CONNECT_SECONDS = 10
 STOP_SECONDS = 60  # for checkpoints to be saved
 NODES_SECONDS = 10  # after which is asked again which nodes are there
+PLACE_SECONDS = 30  # without a node; meanwhile Ray tells of tasks that were trained on it
 RESOURCES = {'cpu': 'CPU', 'cuda': 'GPU', 'gpu': 'GPU', 'tpu': 'TPU'}  # of JAX's platforms
 
 
@@ -68,6 +69,7 @@ class OnRay:
 
     def __init__(self) -> None:
         self._needed: dict[Any, dict[str, float]] = {}  # by ticket, of tasks that have not ended
+        self._without: dict[Any, float] = {}  # since when tasks have no node, by ticket
         self._there: list[dict[str, float]] = []  # `_nodes`, when they were
         self._asked = -math.inf
 
@@ -90,11 +92,15 @@ class OnRay:
         return [node['Resources'] for node in ray.nodes() if node['Alive']]
 
     def _has_place(self, ticket: Any) -> bool:
-        """Whether a node is there that has what a task needs, be it in use or not."""
+        """Whether a node is there, or was till now, that has what a task needs, in use or not."""
         if time.monotonic() - self._asked > NODES_SECONDS:
             self._there, self._asked = self._nodes(), time.monotonic()
         needed = self._needed.get(ticket, {}).items()
-        return any(all(node.get(kind, 0) >= x for kind, x in needed) for node in self._there)
+        if any(all(node.get(kind, 0) >= x for kind, x in needed) for node in self._there):
+            self._without.pop(ticket, None)
+            return True
+        since = self._without.setdefault(ticket, time.monotonic())
+        return time.monotonic() - since < PLACE_SECONDS
 
     def workers(self, devices: int) -> int:
         ((kind, number),) = self._needs(devices).items()
