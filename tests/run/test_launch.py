@@ -1,13 +1,17 @@
 """A sweep on a cluster: how it is cut into tasks, and what becomes of runs whose worker is lost."""
 
+import importlib.util
+import io
 import json
+import pathlib
 import platform
 import re
 import signal
 import sys
+import types
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zerojax import config as config_lib
@@ -27,6 +31,7 @@ def groups_of(sizes):
     return [[(g, i) for i in range(size)] for g, size in enumerate(sizes)]
 
 
+@settings(deadline=None)  # of a machine that has other work
 @given(SIZES, st.integers(1, 30), st.integers(1, 5))
 def test_each_run_is_in_one_task_of_its_program(sizes, workers, at_once):
     groups = groups_of(sizes)
@@ -36,6 +41,7 @@ def test_each_run_is_in_one_task_of_its_program(sizes, workers, at_once):
     assert [len(task) for task in tasks] == sorted(map(len, tasks), reverse=True)
 
 
+@settings(deadline=None)  # of a machine that has other work
 @given(SIZES, st.integers(1, 30))
 def test_tasks_keep_every_worker_busy_and_are_few(sizes, workers):
     tasks = launch.split(groups_of(sizes), workers)
@@ -44,6 +50,7 @@ def test_tasks_keep_every_worker_busy_and_are_few(sizes, workers):
     assert len(tasks[0]) <= -(-total // workers), 'no worker has more than its share'
 
 
+@settings(deadline=None)  # of a machine that has other work
 @given(SIZES, st.integers(1, 30), st.integers(1, 5))
 def test_runs_that_are_computed_at_once_are_those_of_one_machine(sizes, workers, at_once):
     groups = groups_of(sizes)
@@ -84,6 +91,7 @@ LINES = [line(step, kind) for step in range(0, 12, 2) for kind in ('train', 'eva
 TEXT = ''.join(f'{each}\n' for each in LINES)
 
 
+@settings(deadline=None)  # of a machine that has other work
 @given(st.lists(st.tuples(st.integers(0, len(TEXT)), st.booleans()), max_size=12))
 def test_each_evaluation_is_shown_once_however_the_file_grows(tmp_path_factory, sizes):
     """Also if lines are half written, or a run goes on from before and writes them anew."""
@@ -233,6 +241,38 @@ def test_workers_may_be_lost_for_ever_if_each_gets_further(jobs):
     assert sum('a' in task for task in cluster.submitted) == 10
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    """The time that the driver takes for that; it waits for nothing."""
+    clock = types.SimpleNamespace(now=1.0, monotonic=lambda: clock.now, sleep=lambda _: None)
+    monkeypatch.setattr(launch, 'time', clock)
+    return clock
+
+
+@pytest.mark.parametrize('seconds,seen', [(60, True), (100, False)])
+def test_what_a_worker_has_finished_may_be_seen_late_but_is_not_trained_again(
+    jobs, clock, seconds, seen
+):
+    """Over a network files take a while; if they do not come at all, folders are not shared."""
+
+    class Away(Workers):
+        def outcome(self, task):
+            clock.now += 10
+            for job in task.jobs:
+                if clock.now >= seconds and seen:
+                    finish(*job)
+            return Outcome()
+
+    cluster = Away()
+    if seen:
+        assert names_of(launch.sweep_on(cluster, jobs, None)) == 'abcdef'
+    else:
+        told = re.escape(f'--workdir={jobs[0][1].parent}: a worker has finished a in it, which is ')
+        with pytest.raises(UsageError, match=f'^{told}.*; must be a folder that all workers sh'):
+            launch.sweep_on(cluster, jobs, None)
+    assert cluster.submitted == [['a', 'b', 'c'], ['e', 'f'], ['d']]
+
+
 def test_without_a_worker_nothing_is_submitted(jobs, capsys):
     class Later(Workers):
         asked = 0
@@ -265,6 +305,147 @@ def test_a_run_that_another_process_trains_is_left_to_it(jobs, capsys):
     assert names_of(launch.sweep_on(cluster, jobs, None)) == 'abcdef'
     assert not any('a' in task for task in cluster.submitted)
     assert capsys.readouterr().out.count('a is trained by a worker of before; waiting') == 1
+
+
+def test_runs_that_fit_a_worker_do_not_wait_with_those_that_do_not(jobs, monkeypatch):
+    class Small(Workers):
+        larger = False
+
+        def workers(self, devices):
+            self.larger = self.larger or all(
+                (folder / 'summary.json').exists() for _, folder in small
+            )
+            return 2 if devices == 1 or self.larger else 0
+
+    small, jobs[5][0].mesh.data = jobs[:5], 2
+    cluster = Small()
+    assert names_of(launch.sweep_on(cluster, jobs, None)) == 'abcdef'
+    assert cluster.submitted[0] == ['a', 'b', 'c']
+    assert cluster.submitted[-1] == ['f']
+
+
+def pretended(monkeypatch, name, library, **has):
+    """The module `name` of zerojax.run, where the library has only this."""
+    monkeypatch.setitem(sys.modules, library, types.SimpleNamespace(**has))
+    file = pathlib.Path(launch.__file__).with_name(f'{name}.py')
+    spec = importlib.util.spec_from_file_location(f'pretended_{name}', file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_task_for_which_ray_has_no_node_any_more_is_given_up_and_nobody_is_to_blame(
+    jobs, monkeypatch
+):
+    """It would wait for ever, where a smaller node could take it."""
+    nodes = [{'Alive': True, 'Resources': {'CPU': float(cores)}} for cores in (16, 8)]
+    asked, cancelled = [], []
+    remote = types.SimpleNamespace(
+        options=lambda **options: asked.append(options['num_cpus']) or remote,
+        remote=lambda *_: len(asked),
+    )
+    on_ray = pretended(
+        monkeypatch, 'on_ray', 'ray', nodes=lambda: nodes, wait=lambda tickets, **_: ([], tickets),
+        remote=lambda **_: lambda _: remote, cancel=cancelled.append,
+    )  # fmt: skip
+    clock = types.SimpleNamespace(now=0.0)
+    monkeypatch.setattr(on_ray, 'time', types.SimpleNamespace(monotonic=lambda: clock.now))
+    cluster = on_ray.OnRay()
+    (ticket,) = cluster.submit([worker.Task(jobs, 1, 1)])
+    assert cluster.outcome(ticket) is None
+    nodes[0]['Alive'] = False
+    clock.now += 60
+    assert cluster.outcome(ticket) is None, 'if it was trained there, Ray will tell'
+    clock.now += 60
+    lost = cluster.outcome(ticket)
+    assert (lost.begun, cancelled) == (False, [ticket])
+    cluster.submit([worker.Task(jobs, 1, 1)])
+    assert asked == [16, 8]
+
+
+def test_a_client_of_ray_that_lacks_a_library_is_one_line(monkeypatch):
+    def init(*_, **__):
+        raise ModuleNotFoundError("No module named 'grpc'")
+
+    errors = types.SimpleNamespace(RayError=NotTaken)
+    on_ray = pretended(monkeypatch, 'on_ray', 'ray', init=init, exceptions=errors)
+    told = re.escape("--launcher=ray:ray://x: no Ray cluster can be had (No module named 'grpc')")
+    with pytest.raises(UsageError, match=f'^{told}$'), on_ray.connect('ray://x'):
+        pass
+
+
+def test_runs_that_never_had_a_worker_do_not_fail(jobs):
+    class Full(Workers):
+        def outcome(self, task):
+            return super().outcome(task) if len(self.submitted) > 12 else Lost('gone', begun=False)
+
+    cluster = Full()
+    assert names_of(launch.sweep_on(cluster, jobs, None)) == 'abcdef'
+    assert ['a', 'b', 'c'] in cluster.submitted[3:]
+
+
+class JobOfSlurm:
+    job_id, state, ended = '7_0', 'RUNNING', False
+
+    def __init__(self, folder):
+        self.paths = types.SimpleNamespace(result_pickle=folder / 'result', stderr='7_0.err')
+        self.cancelled = False
+
+    def done(self, force_check=False):
+        return self.ended or self.cancelled
+
+    def cancel(self, check):
+        self.cancelled = True
+
+
+class NotTaken(Exception):
+    """Of submitit, when sbatch ends with an error."""
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """The module, and the job that sbatch takes before it takes none any more."""
+    jobs = [JobOfSlurm(tmp_path)]
+
+    def map_array(*_):
+        if not jobs:
+            print('sbatch: error: Invalid\n  partition', file=sys.stderr)
+            raise NotTaken('sbatch: error: Invalid\n  partition')
+        return [jobs.pop()]
+
+    executor = types.SimpleNamespace(update_parameters=lambda **_: None, map_array=map_array)
+    errors = types.SimpleNamespace(utils=types.SimpleNamespace(FailedJobError=NotTaken))
+    module = pretended(
+        monkeypatch, 'on_slurm', 'submitit', AutoExecutor=lambda *_: executor, core=errors
+    )
+    return module, jobs[0]
+
+
+def test_jobs_that_sbatch_does_not_take_are_a_mistake_and_what_it_took_is_cancelled(
+    jobs, slurm, tmp_path, capsys
+):
+    module, taken = slurm
+    cluster = module.OnSlurm(tmp_path, False)
+    told = re.escape('--launcher=slurm: sbatch does not take the jobs (sbatch: error: Invalid part')
+    with pytest.raises(UsageError, match=f'^{told}'):
+        cluster.submit([worker.Task(jobs, 1, devices) for devices in (1, 2)])
+    assert taken.cancelled
+    assert capsys.readouterr().err == '', 'the one line is enough'
+
+
+@pytest.mark.parametrize('state', ['NODE_FAIL', 'PREEMPTED'])
+def test_a_job_of_slurm_that_left_no_result_is_lost_after_a_while(slurm, tmp_path, state):
+    """Nobody waits for it meanwhile, and where its log is is told."""
+    module, job = slurm
+    clock = types.SimpleNamespace(now=0.0)
+    module.time = types.SimpleNamespace(monotonic=lambda: clock.now)
+    cluster = module.OnSlurm(tmp_path, False)
+    assert cluster.outcome(job) is None
+    job.state, job.ended = state, state != 'PREEMPTED'  # which may come again, for submitit
+    for clock.now in (20.0, 30.0):
+        assert cluster.outcome(job) is None
+    clock.now = 36.0
+    assert cluster.outcome(job) == Lost(f'job 7_0 of Slurm: {state}; see 7_0.err')
 
 
 def test_runs_that_fail_are_told_as_by_a_sweep_on_one_machine(jobs):
@@ -343,6 +524,30 @@ def test_a_worker_trains_what_a_sweep_does_and_says_what_it_found(
     outcome = worker.train_task(worker.Task(jobs, 1, 1), 'test')
     assert outcome.status == 2
     assert outcome.message.startswith('error: 0: batch_size=1000000: must be at most')
+
+
+def test_a_run_that_failed_is_told_though_its_worker_is_stopped_at_a_later_one(jobs, monkeypatch):
+    def train_alike(plan, numbers, *_):
+        plan.failed[numbers[0]] = RunError('not finite')
+        raise Stopped(signal.SIGTERM, 'at step 4')
+
+    monkeypatch.setattr(worker, 'train_alike', train_alike)
+    monkeypatch.setenv('ZEROJAX_LAUNCHER', '')  # comes back afterwards
+    outcome = worker.train_task(worker.Task(jobs[:4], 1, 1), 'test')
+    assert (outcome.status, outcome.failed) == (143, {'a': 'not finite'})
+
+
+def test_what_has_not_grown_is_not_read(tmp_path, monkeypatch):
+    """Thousands of runs are looked at each second, over a network."""
+    (tmp_path / 'metrics.jsonl').write_text(TEXT)
+    watch = Watch({i: WatchedRun(tmp_path, 10) for i in range(3)}, Progress(30))
+    opened = []
+    monkeypatch.setattr('builtins.open', lambda *_: opened.append(1) or io.BytesIO())
+    watch.update()
+    assert not opened
+    monkeypatch.setattr(WatchedRun, 'update', lambda run: opened.append(1) or [])
+    watch.update([1, 99])  # what is no longer watched is left out
+    assert len(opened) == 1
 
 
 def test_the_bar_counts_each_step_once(tmp_path):

@@ -26,6 +26,7 @@ T = TypeVar('T')
 
 POLL_SECONDS = 1.0
 RETRY_SECONDS = 5.0  # after which a lost worker's runs go on; until then its locks are free
+SEEN_SECONDS = 90.0  # in which files of another machine come into sight; NFS takes up to 60
 TRIES = 3  # of a run, in a row, whose worker is lost before anything was trained
 
 
@@ -121,6 +122,7 @@ class _Submitted:
     numbers: list[int]
     ticket: Any
     steps_before: int
+    unseen_since: float | None = None  # when its runs were not finished here, but by its worker
 
 
 class _Driver:
@@ -151,15 +153,39 @@ class _Driver:
         self._watch.update()
         for task in list(self.running):
             outcome = self._cluster.outcome(task.ticket)
-            if outcome is not None:
+            if outcome is not None and self._is_seen(task, outcome):
                 self.running.remove(task)
-                self._watch.update()
+                self._watch.update(task.numbers)
                 self._settle(task, outcome)
         ready = [i for i, moment in self.waiting.items() if moment <= time.monotonic()]
         self._submit([i for i in ready if self._is_free(i)])
 
+    def _is_seen(self, task: _Submitted, outcome: Outcome | Lost) -> bool:
+        """Whether the runs that a worker has finished are so here too, where that may take a while.
+
+        Raises:
+            UsageError: it took so long that the folder must be another one.
+        """
+        if isinstance(outcome, Lost) or outcome.status or outcome.in_use:
+            return True
+        for i in task.numbers:
+            with contextlib.suppress(InUse):
+                if self._plan.name(i) in outcome.failed or self._is_finished(i):
+                    continue
+                now = time.monotonic()
+                task.unseen_since = task.unseen_since or now
+                if now - task.unseen_since < SEEN_SECONDS:
+                    return False
+                raise UsageError(
+                    f'--workdir={self._plan.jobs[i][1].parent}: a worker has finished '
+                    f'{self._plan.name(i)} in it, which is not to be seen here; must be a folder '
+                    'that all workers share'
+                )
+        return True
+
     def _settle(self, task: _Submitted, outcome: Outcome | Lost) -> None:
         reason = outcome.reason if isinstance(outcome, Lost) else outcome.message
+        begun = not isinstance(outcome, Lost) or outcome.begun
         if isinstance(outcome, Lost):
             outcome = Outcome()
         for i in task.numbers:
@@ -179,7 +205,7 @@ class _Driver:
         )
         for i in left:
             self.waiting[i] = time.monotonic() + RETRY_SECONDS
-            if outcome.in_use:
+            if outcome.in_use or not begun:
                 continue
             self._losses[i] = self._losses[i] + 1 if stands else 0
             if self._losses[i] == TRIES:
@@ -195,21 +221,27 @@ class _Driver:
             )
 
     def _submit(self, numbers: list[int]) -> None:
-        """As tasks, if there is a worker.
+        """As tasks, those for which there is a worker.
 
         A run whose worker was lost before anything was trained is one of its own.
         """
         if not numbers:
             return
         plan = self._plan
+        devices = {i: plan.resolved[i].mesh.data for i in numbers}
+        there = {number: self._cluster.workers(number) for number in set(devices.values())}
+        if not all(there.values()):
+            self._say_once('no worker is there that has what a task needs; waiting for one')
+        for i in numbers:
+            if not there[devices[i]]:
+                self.waiting[i] = time.monotonic() + RETRY_SECONDS
+        numbers = [i for i in numbers if there[devices[i]]]
+        if not numbers:
+            return
+        workers = there[max(devices[i] for i in numbers)]
         sound = {i for i in numbers if not self._losses[i]}
         together = [[i for i in alike if i in sound] for alike in plan.pending.values()]
         alone = [[i] for i in numbers if self._losses[i]]
-        devices = {i: plan.resolved[i].mesh.data for i in numbers}
-        workers = self._cluster.workers(max(devices.values()))
-        if not workers:
-            self._say_once('no worker is there that has what a task needs; waiting for one')
-            return
         parts = split(list(filter(None, together)), workers, self._runs_at_once or 1)
         parts += alone
         tickets = self._cluster.submit(
@@ -237,6 +269,8 @@ class _Driver:
 
     def _is_finished(self, i: int) -> bool:
         """Raises InUse if another process has the run."""
+        if i in self._plan.summaries:
+            return True
         summary = finished(self._plan.resolved[i], self._plan.jobs[i][1])
         if summary is None:
             return False

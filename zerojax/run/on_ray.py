@@ -2,10 +2,12 @@
 
 import contextlib
 import logging
+import math
 import os
 import re
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +19,8 @@ from zerojax.run.worker import Lost, Outcome, Task, train_task
 
 CONNECT_SECONDS = 10
 STOP_SECONDS = 60  # for checkpoints to be saved
+NODES_SECONDS = 10  # after which is asked again which nodes are there
+PLACE_SECONDS = 30  # without a node; meanwhile Ray tells of tasks that were trained on it
 RESOURCES = {'cpu': 'CPU', 'cuda': 'GPU', 'gpu': 'GPU', 'tpu': 'TPU'}  # of JAX's platforms
 
 
@@ -34,7 +38,9 @@ def connect(address: str | None) -> Iterator['OnRay']:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         ray.init(address, logging_level=logging.ERROR, log_to_driver=False)
-    except (ValueError, ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+    except (
+        ValueError, ConnectionError, RuntimeError, ImportError, ray.exceptions.RayError
+    ) as error:  # fmt: skip
         reason = str(error).partition('\n')[0]
         raise UsageError(f'{flag}: no Ray cluster can be had ({reason})') from error
     finally:
@@ -61,6 +67,12 @@ def _check_reachable(address: str, flag: str) -> None:
 class OnRay:
     """A `zerojax.run.launch.Cluster`."""
 
+    def __init__(self) -> None:
+        self._needed: dict[Any, dict[str, float]] = {}  # by ticket, of tasks that have not ended
+        self._without: dict[Any, float] = {}  # since when tasks have no node, by ticket
+        self._there: list[dict[str, float]] = []  # `_nodes`, when they were
+        self._asked = -math.inf
+
     def _needs(self, devices: int) -> dict[str, float]:
         """The resources of a task, by Ray's names: devices of the kind that JAX_PLATFORMS names, or
         else that the cluster has.
@@ -79,6 +91,17 @@ class OnRay:
         """The resources of each node that is there."""
         return [node['Resources'] for node in ray.nodes() if node['Alive']]
 
+    def _has_place(self, ticket: Any) -> bool:
+        """Whether a node is there, or was till now, that has what a task needs, in use or not."""
+        if time.monotonic() - self._asked > NODES_SECONDS:
+            self._there, self._asked = self._nodes(), time.monotonic()
+        needed = self._needed.get(ticket, {}).items()
+        if any(all(node.get(kind, 0) >= x for kind, x in needed) for node in self._there):
+            self._without.pop(ticket, None)
+            return True
+        since = self._without.setdefault(ticket, time.monotonic())
+        return time.monotonic() - since < PLACE_SECONDS
+
     def workers(self, devices: int) -> int:
         ((kind, number),) = self._needs(devices).items()
         return sum(int(node.get(kind, 0) // number) for node in self._nodes())
@@ -93,8 +116,10 @@ class OnRay:
         }
         variables['OMP_NUM_THREADS'] = os.environ.get('OMP_NUM_THREADS', '')
         tickets = []
+        self._asked = -math.inf
         for task in tasks:
             needs = self._needs(task.devices)
+            needed = dict(needs)
             # A process of its own, whose memory and mode of determinism end with it. Its runs are
             # submitted anew by `launch`, without those that are finished.
             train = ray.remote(max_calls=1, max_retries=0)(train_task).options(
@@ -105,12 +130,17 @@ class OnRay:
                 name=f'zerojax: {len(task.jobs)} runs, {task.jobs[0][1].name}, ...',
             )
             tickets.append(train.remote(task, 'ray'))
+            self._needed[tickets[-1]] = needed
         return tickets
 
     def outcome(self, ticket: Any) -> Outcome | Lost | None:
         ready, _ = ray.wait([ticket], timeout=0)
         if not ready:
-            return None
+            if self._has_place(ticket):
+                return None
+            ray.cancel(ticket)  # which would wait for such a node for ever
+            return Lost('no node is left that has what its task needs', begun=False)
+        self._needed.pop(ticket, None)
         try:
             outcome: Outcome = ray.get(ticket)
         except ray.exceptions.RayTaskError as error:

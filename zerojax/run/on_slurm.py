@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import io
 import itertools
 import os
 import pathlib
@@ -19,6 +20,7 @@ WORKERS = 32  # jobs of an array; how many Slurm will run at once, nobody knows 
 LOCAL_WORKERS = 2
 MINUTES = 24 * 60  # of a job, unless SBATCH_TIMELIMIT says otherwise
 ASK_SECONDS = 60  # submitit alone would wait for up to ten minutes
+RESULT_SECONDS = 15  # in which the file of a job that has ended comes into sight
 STOP_SECONDS = 60  # for checkpoints to be saved
 
 
@@ -48,16 +50,26 @@ class OnSlurm:
         self._local = local
         self._folder = folder
         self._asked = time.monotonic()
+        self._ended: dict[str, float] = {}  # since when jobs are known to have, without a result
 
     def workers(self, devices: int) -> int:
         return LOCAL_WORKERS if self._local else WORKERS
 
     def submit(self, tasks: list[Task]) -> list[Any]:
-        jobs = []
+        jobs: list[Any] = []
         for devices, alike in itertools.groupby(tasks, key=lambda task: task.devices):
             arrays = list(alike)
             executor = self._executor(devices)
-            jobs += executor.map_array(train_task, arrays, ['slurm'] * len(arrays))
+            try:
+                with contextlib.redirect_stderr(io.StringIO()):  # it prints the reason as well
+                    jobs += executor.map_array(train_task, arrays, ['slurm'] * len(arrays))
+            except submitit.core.utils.FailedJobError as error:
+                self.stop(jobs)
+                reason = ' '.join(str(error).split())
+                raise UsageError(
+                    f'--launcher=slurm: sbatch does not take the jobs ({reason}); mend that, as '
+                    'with variables SBATCH_*, and the same command goes on'
+                ) from error
         return jobs
 
     def _executor(self, devices: int) -> Any:
@@ -83,15 +95,17 @@ class OnSlurm:
         force = time.monotonic() - self._asked > ASK_SECONDS
         if force:
             self._asked = time.monotonic()
-        if not job.done(force_check=force):
+        # One that was preempted may come again, submitit thinks; its runs need not wait for it.
+        if not job.done(force_check=force) and job.state != 'PREEMPTED':
+            self._ended.pop(job.job_id, None)
             return None
-        try:
-            outcome: Outcome = job.result()
-        except submitit.core.utils.FailedJobError:
-            raise  # a fault of this program
-        except submitit.core.utils.UncompletedJobError as error:
-            return Lost(str(error).partition('\n')[0])
-        return outcome
+        if job.paths.result_pickle.exists():
+            outcome: Outcome = job.result()  # raises only what is a fault of this program
+            return outcome
+        ended = self._ended.setdefault(job.job_id, time.monotonic())
+        if time.monotonic() - ended < RESULT_SECONDS:
+            return None  # submitit would wait here, for each job
+        return Lost(f'job {job.job_id} of Slurm: {job.state}; see {job.paths.stderr}')
 
     def stop(self, jobs: list[Any]) -> None:
         for job in jobs:

@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from zerojax.host.progress import Progress
 from zerojax.host.records import Record
@@ -39,7 +39,10 @@ class WatchedRun:
 
     def _new_lines(self) -> Iterator[Record]:
         try:
-            if self._file.stat().st_size < self._read:
+            size = self._file.stat().st_size
+            if size == self._read:
+                return
+            if size < self._read:
                 self._read = 0
             with open(self._file, 'rb') as file:
                 file.seek(self._read)
@@ -71,9 +74,12 @@ class Watch:
         """How many steps these runs have done together."""
         return sum(self._runs[i].step for i in numbers if i in self._runs)
 
-    def update(self) -> None:
-        """Shows what is new."""
-        for run in self._runs.values():
+    def update(self, numbers: Sequence[int] | None = None) -> None:
+        """Shows what is new of these runs, or of all."""
+        for i in self._runs if numbers is None else numbers:
+            run = self._runs.get(i)
+            if run is None:
+                continue
             before = run.step
             evaluations = run.update()
             if run.step > before and not self._started:  # the first has waited and compiled

@@ -37,6 +37,7 @@ class Lost:
     """What is known of a task whose worker has ended without an outcome."""
 
     reason: str
+    begun: bool = True  # as far as is known; False: it never had a worker
 
 
 def train_task(task: Task, launcher: str) -> Outcome:
@@ -58,8 +59,10 @@ def train_task(task: Task, launcher: str) -> Outcome:
             plan = make_plan(task.jobs, task.runs_at_once, programs)
             with Progress(plan.num_steps()) as bar:
                 for numbers in filter(None, plan.pending.values()):
-                    train_alike(plan, numbers, task.runs_at_once, programs, bar)
-                    failed.update((plan.name(i), str(error)) for i, error in plan.failed.items())
+                    try:
+                        train_alike(plan, numbers, task.runs_at_once, programs, bar)
+                    finally:  # also if it is stopped at a later run
+                        failed.update((plan.name(i), str(x)) for i, x in plan.failed.items())
         except InUse:
             in_use = True
 
