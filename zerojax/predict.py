@@ -221,26 +221,27 @@ def rounding_scale(dtype: str, linear: Curves) -> float:
 
 def screen(found: records.Record) -> list[str]:
     """The prediction as lines of at most 100 columns."""
-    row = '{:<14}{:>9}{:>14}  {}'
+    width = min(max(14, *map(len, found['streams'])), 32)  # the end of a name tells most
+    row = f'{{:<{width}}}{{:>9}}{{:>14}}  {{}}'
     lines = ['', row.format('stream', 'features', 'growth a step', 'small asymmetry')]
     for name, stream in found['streams'].items():
         growth = stream['growth']
         lines.append(
             row.format(
-                name[-14:],
+                name[-width:],
                 stream['features'],
                 '-' if growth is None else f'{growth:+z.4f}',
                 fate(growth),
             )
         )
-    row = '{:<10}{:<14}{:>8}{:>10}  {}'
+    row = f'{{:<10}}{{:<{width}}}{{:>8}}{{:>10}}  {{}}'
     lines += ['', f'onset: the step at which the asymmetry is {ONSET:g}']
     lines += [row.format('scale', 'stream', 'linear', 'reduced', 'reduced, by seed of the noise')]
     for each in found['onsets']:
         lines.append(
             row.format(
                 f'{each["scale"]:g}',
-                'any' if each['stream'] is None else each['stream'][-14:],
+                'any' if each['stream'] is None else each['stream'][-width:],
                 shown(each['linear']),
                 shown(each['reduced']) if each['reduced_seeds'] else '-',
                 ', '.join(shown(onset) for onset in each['reduced_seeds']),

@@ -53,7 +53,8 @@ class Model:
             the reduced prediction; its params have the same structure.
 
     Attributes:
-        params, axes: as nested dictionaries, by the paths of the arrays, whatever tree they were.
+        params: as nested dictionaries, by the paths of the arrays, whatever tree they were.
+        axes: the feature axes of these, likewise.
         streams: {stream: number of features}.
         report: what the inference of the axes said; '' if they were given.
 
@@ -160,14 +161,15 @@ class Prediction:
         )
 
     def __str__(self) -> str:
-        row = '{:<24}{:>9}{:>15}' + '{:>12}' * len(self.linear)
+        width = max(23, *map(len, self.streams)) + 1
+        row = f'{{:<{width}}}' + '{:>9}{:>15}' + '{:>12}' * len(self.linear)
         onsets = [f'{scale:g}' for scale in self.linear]
         lines = [row.format('stream', 'features', 'growth a step', *onsets)]
         for stream, count in self.streams.items():
             growth = self.growth[stream]
             cells = [_shown(self.onset(scale, stream)) for scale in self.linear]
             slope = '-' if growth is None else f'{growth:+.4f}'
-            lines.append(row.format(stream[-23:], count, slope, *cells))
+            lines.append(row.format(stream, count, slope, *cells))
         cells = [_shown(self.onset(scale)) for scale in self.linear]
         lines.append(row.format('any', '', '', *cells))
         return '\n'.join(
