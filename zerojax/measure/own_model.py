@@ -94,6 +94,7 @@ class Model:
             )
         _check_loss(self)
         _check_optimizer(self)
+        _check_steps(self)
 
     def nested(self, tree: Tree) -> Tree:
         """A tree like the user's params as nested dictionaries."""
@@ -368,3 +369,11 @@ def _check_optimizer(model: Model) -> None:
             f'tx: fails ({type(error).__name__}: {reason}); must be an optimizer of Optax for '
             'these params, whose update takes gradients, state and params alone'
         ) from error
+
+
+def _check_steps(model: Model) -> None:
+    """Raises what a step would, as of batches that do not fit the function, before any is taken."""
+    state = jax.eval_shape(model.start)
+    shapes = (jax.eval_shape(lambda batch: batch, each) for each in model.batches)
+    for batch in {str(each): each for each in shapes}.values():
+        jax.eval_shape(model.step, state, batch)
