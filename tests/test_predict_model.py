@@ -61,6 +61,18 @@ def generator():
     return *rest, iter(batches)
 
 
+def later():
+    *rest, batches = parts()
+    x, labels = batches[0]
+    return *rest, [*batches, (x[:, :3], labels)]
+
+
+def frozen():
+    _, params, _, loss, batches = parts()
+    inputs = [((x, 2), labels) for (x, labels) in batches]
+    return lambda p, x, n: n * apply(p, x), params, optax.set_to_zero(), loss, inputs
+
+
 class Net(nn.Module):
     width: int = 12
 
@@ -148,6 +160,7 @@ def test_a_model_that_can_be_made_smaller_has_the_reduced_prediction_too(tmp_pat
         (['--model=users_model:nothing'], '--model=users_model:nothing: returns NoneType; must re'),
         (['--model=users_model:raising'], "--model=users_model:raising: KeyError: 'a key' ("),
         (['--model=users_model:generator'], '--model=users_model:generator: batches: must be a l'),
+        (['--model=users_model:later'], '--model=users_model:later: TypeError: dot_general requi'),
         (['--model=users_model:unequal'], '--model=users_model:unequal: params: all features of'),
         (['--model=users_model:single'], '--model=users_model:single: has 1 batch; must have at'),
         (['--model=users_broken:f'], '--model=users_broken:f: ModuleNotFoundError: No module na'),
@@ -168,6 +181,14 @@ def test_a_mistake_is_one_line_and_nothing_is_written(tmp_path, capsys, flags, m
     assert error.startswith(f'error: {message}')
     assert error.count('\n') == 1
     assert not (tmp_path / 'p').exists()
+
+
+def test_a_step_without_operations_is_predicted(tmp_path):
+    """XLA counts none where nothing is trained. An input may be a number of Python's."""
+    flags = ['--model=users_model:frozen', '--steps=2', f'--workdir={tmp_path}/p']
+    assert predict.main(['predict', *flags]) == 0
+    found = json.loads((tmp_path / 'p' / 'predict.json').read_text())
+    assert found['operations']['full'] == 0
 
 
 def test_a_run_that_diverges_is_one_line(tmp_path, capsys):

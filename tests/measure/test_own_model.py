@@ -185,7 +185,21 @@ def test_a_small_network_that_is_another_one_is_a_sentence():
     [
         ({'batches': iter(batches())}, r'batches: must be a list of \(inputs, targets\), one for'),
         ({'batches': []}, 'batches: must be a list'),
-        ({'batches': [np.zeros((3, 4))]}, 'batches: the first is ndarray; each must be'),
+        ({'batches': [np.zeros((3, 4))]}, 'batches: number 0 is ndarray; each must be'),
+        ({'batches': [*batches(1), (0, 1, 2)]}, 'batches: number 1 is a tuple of 3; each must be'),
+        (
+            {'params': {'w': np.zeros((4, 0))}},
+            r'params: w has the shape \(4, 0\), so is empty; leave',
+        ),
+        (
+            {'loss': lambda outputs, targets: outputs[0].astype(int)},
+            'loss: returns int.*; must be a',
+        ),
+        ({'tx': optax.lbfgs()}, r'tx: fails \(TypeError: .*value.*\); must be an optimizer of O'),
+        (
+            {'tx': None},
+            r'tx: fails \(AttributeError: .*\); must be an optimizer of O',
+        ),
         ({'params': {'w': np.zeros(3, int)}}, 'params: w is int64; must be floats'),
         ({'axes': {'v': (None, 'h')}}, 'axes: lacks w; has v, which params lacks'),
         ({'axes': {'w': ('h',)}}, r"axes: w is \('h',\), which does not fit the shape"),
@@ -212,6 +226,33 @@ def test_features_that_start_unequal_are_named():
     model = own_model.Model(Net().apply, variables, optax.sgd(0.1), loss, batches())
     with pytest.raises(ValueError, match='params/second has 2 different ones; make the initial'):
         own_model.predict(model)
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+def test_weights_of_less_precision_have_a_linear_prediction(dtype):
+    """To the rounding of what they are trained in, that of the same weights in float32."""
+
+    def of(dtype):
+        params = jax.tree.map(lambda x: x.astype(dtype), linen().restored(linen().params))
+        data = [(x.astype(dtype), labels) for x, labels in batches(3)]
+        model = own_model.Model(Net().apply, params, optax.sgd(0.2), loss, data)
+        return own_model.predict(model, scales=(1e-2,)).linear[1e-2]
+
+    low, exact = of(dtype), of('float32')
+    for stream, curve in exact.items():
+        np.testing.assert_allclose(low[stream], curve, atol=0.1)
+
+
+def test_a_stream_of_one_feature_stays_symmetric():
+    """There is none that it could differ from."""
+    params = {'w': np.ones((4, 1), np.float32), 'v': np.ones((1, 3), np.float32)}
+    model = own_model.Model(
+        lambda p, x: jnp.tanh(x @ p['w']) @ p['v'], params, optax.sgd(0.1), loss, batches(3)
+    )
+    predicted = own_model.predict(model)
+    assert model.streams == predicted.streams == {'w': 1}
+    assert predicted.growth == {'w': None}
+    assert predicted.onset(1e-6) is None
 
 
 @pytest.mark.parametrize('arguments', [{'scales': (0.0,)}, {'steps': 0}])

@@ -44,6 +44,7 @@ def through_a_ref(h):
     return ref[...]
 
 
+SIGNED_ZEROS = np.array([0.0, -0.0, 0.0, 0.0, 0.0, 0.0])
 REF = jax.new_ref(np.zeros(6))
 KEYS = jax.random.split(jax.random.key(0), 6)
 
@@ -69,6 +70,9 @@ FOLLOWED = {
     'a repetition': lambda p, h: jnp.repeat(h, 2, 1).reshape(4, 6, 2).sum(2),
     'a tile': lambda p, h: jnp.tile(h, (1, 2)).reshape(4, 2, 6).sum(1),
     'a stack': lambda p, h: jnp.stack([h, h @ p['b']], 1).reshape(4, 12).reshape(4, 2, 6).sum(1),
+    'a joint taken apart': lambda p, h: (
+        jnp.split(jnp.concatenate([h, h @ p['b']], 1), 2, 1)[1] + jnp.concatenate([h, h], 1)[:, 6:]
+    ),
     'a joint and back': lambda p, h: jnp.concatenate([h, h], 1).reshape(4, 2, 6).max(1),
     'joined samples': lambda p, h: jnp.concatenate([h[:2], h[1:2], h[::-1][:1]]),
     'padded samples': lambda p, h: jnp.pad(h, ((1, 0), (0, 0)))[:4],
@@ -109,11 +113,20 @@ FOLLOWED = {
 STOPPED = {
     'identity matrix': (lambda p, h: h @ (p['b'] + jnp.eye(6)), 'numbered'),
     'numbers that differ': (lambda p, h: h * np.linspace(1, 2, 6), 'no parameters differ'),
+    'zeros of two signs': (
+        lambda p, h: jnp.where(1 / jnp.asarray(SIGNED_ZEROS) > 0, h, 0.0), 'no parameters differ'
+    ),
     'numbered': (lambda p, h: jnp.where(jnp.arange(6) < 3, h, 0.0), 'positions are numbered'),
     'a mask': (lambda p, h: h @ jnp.tril(p['b']), 'positions are numbered'),
     'a diagonal': (lambda p, h: h * jnp.diagonal(p['b']), 'positions are numbered'),
     'a reversal': (lambda p, h: h[:, ::-1], 'reversed'),
     'a part': (lambda p, h: jnp.tile(h[:, :3], (1, 2)), 'a part of it is taken'),
+    'a part across a joint': (
+        lambda p, h: jnp.concatenate([h, h], 1)[:, 3:9], 'a part of it is taken'
+    ),
+    'every other of a joint': (
+        lambda p, h: jnp.concatenate([h, h], 1)[:, ::2], 'a part of it is taken'
+    ),
     'two halves': (lambda p, h: jnp.tile(jnp.multiply(*jnp.split(h, 2, 1)), (1, 2)), 'apart'),
     'each feature': (lambda p, h: jnp.stack([*jnp.unstack(h, axis=1)], 1), 'taken apart'),
     'a roll': (lambda p, h: jnp.roll(h, 1, 1), 'a part of it is taken'),

@@ -128,6 +128,7 @@ class Language(nn.Module):
         embed = nn.Embed(11, 6, name='embed', param_dtype=np.float64)
         x = embed(tokens)
         x = x + nn.RNN(nn.LSTMCell(6, param_dtype=np.float64), name='lstm')(x)
+        x = x + nn.RNN(nn.OptimizedLSTMCell(6, param_dtype=np.float64), name='joined')(x)
         return embed.attend(nn.RNN(nn.GRUCell(6, param_dtype=np.float64), name='gru')(x))
 
 
@@ -136,6 +137,7 @@ def test_recurrent_cells_and_a_tied_embedding():
     axes, report = inferred_axes(Language(), np.array([[1, 2, 3], [4, 0, 1]]))
     assert axes['embed/embedding'] == (None, 'params/embed')
     assert axes['LSTMCell_0/hi/kernel'] == ('params/embed', 'params/embed')
+    assert axes['OptimizedLSTMCell_0/hi/kernel'] == ('params/embed', 'params/embed')
     assert axes['GRUCell_0/hn/kernel'] == ('params/embed', 'params/embed')
     assert 'no name for params/embed/embedding axis 0: positions are chosen' in report
 

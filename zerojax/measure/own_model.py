@@ -94,6 +94,8 @@ class Model:
                 'axes: no axis has a name, so there is no symmetry to break\n' + self.report
             )
         _check_loss(self)
+        _check_optimizer(self)
+        _check_steps(self)
 
     def nested(self, tree: Tree) -> Tree:
         """A tree like the user's params as nested dictionaries."""
@@ -233,6 +235,7 @@ def _of_unit(model: Model, noise: Tree, steps: int) -> tuple[Curves, Curves]:
     none = np.full(len(batches) + 1, -np.inf)
     if not owners:  # streams of a single feature
         return (dict.fromkeys(model.streams, none),) * 2
+    tangents = jax.tree.map(lambda x, like: x.astype(like.dtype), tangents, model.params)
     growth = stability.growth(model.step, model.start(), batches, tangents, model.axes)
 
     def curve(stream: str, owner: str | None) -> np.ndarray:
@@ -316,6 +319,8 @@ def _tangents(noise: Tree, axes: Tree) -> tuple[Tree, list[str | None]]:
     owners: list[str | None] = [*streams, None]
     if not any(each[-1].any() for each in parts.values()):
         owners.pop()
+    if not owners:
+        return {}, owners
     kept = {path: jnp.asarray(np.stack(each[: len(owners)])) for path, each in parts.items()}
     return unflatten_dict(kept), owners
 
@@ -327,6 +332,8 @@ def _check_params(params: Tree) -> None:
                 f'params: {path} is {getattr(x, "dtype", type(x).__name__)}; must be floats, all '
                 'of which are trained; put what is not into apply'
             )
+        if 0 in x.shape:
+            raise ValueError(f'params: {path} has the shape {x.shape}, so is empty; leave it out')
 
 
 def _check_batches(batches: Sequence[Batch]) -> None:
@@ -335,10 +342,10 @@ def _check_batches(batches: Sequence[Batch]) -> None:
             'batches: must be a list of (inputs, targets), one for each step; of a generator take '
             'list(itertools.islice(batches, 400))'
         )
-    if not isinstance(batches[0], tuple) or len(batches[0]) != 2:
-        raise ValueError(
-            f'batches: the first is {type(batches[0]).__name__}; each must be (inputs, targets)'
-        )
+    for i, batch in enumerate(batches):
+        if not isinstance(batch, tuple) or len(batch) != 2:
+            what = f'a tuple of {len(batch)}' if isinstance(batch, tuple) else type(batch).__name__
+            raise ValueError(f'batches: number {i} is {what}; each must be (inputs, targets)')
 
 
 def _check_loss(model: Model) -> None:
@@ -347,3 +354,28 @@ def _check_loss(model: Model) -> None:
     found = jax.eval_shape(model.loss, outputs, targets)
     if getattr(found, 'shape', None) != ():
         raise ValueError(f'loss: returns {found}; must be a scalar, such as the mean of the batch')
+    if not jnp.issubdtype(found.dtype, jnp.floating):
+        raise ValueError(f'loss: returns {found.dtype}; must be a float, which has a gradient')
+
+
+def _check_optimizer(model: Model) -> None:
+    def updates(params: Tree) -> Tree:
+        params = model.restored(params)
+        return model.tx.update(params, model.tx.init(params), params)[0]
+
+    try:
+        jax.eval_shape(updates, model.params)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [''])[0]
+        raise ValueError(
+            f'tx: fails ({type(error).__name__}: {reason}); must be an optimizer of Optax for '
+            'these params, whose update takes gradients, state and params alone'
+        ) from error
+
+
+def _check_steps(model: Model) -> None:
+    """Raises what a step would, as of batches that do not fit the function, before any is taken."""
+    state = jax.eval_shape(model.start)
+    shapes = (jax.eval_shape(lambda batch: batch, each) for each in model.batches)
+    for batch in {str(each): each for each in shapes}.values():
+        jax.eval_shape(model.step, state, batch)

@@ -11,7 +11,14 @@ here. A new rule is a function there, and an entry in the table below it.
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from zerojax.symmetry.identities import Axes, Axis, Identities, equal_along, is_equal_along
+from zerojax.symmetry.identities import (
+    Axes,
+    Axis,
+    Identities,
+    equal_along,
+    is_equal_along,
+    length,
+)
 
 
 class Follower(Protocol):
@@ -71,6 +78,17 @@ def spread_and_align(
     return joined
 
 
-def part(f: Follower, axis: Axis, size: int, reason: str) -> Axis:
-    """As `stopped`, of an operation whose result is equal along where its operand is."""
-    return equal_along(size) if is_equal_along(axis) else stopped(f, axis, size, reason)
+def part(f: Follower, axis: Axis, size: int, reason: str, start: int | None = None) -> Axis:
+    """As `stopped`, of an operation whose result is equal along where its operand is.
+
+    If it takes `size` positions in a row from `start`, and these are just one round of the last
+    factors, such as one of several arrays that were joined, those factors stay.
+    """
+    if is_equal_along(axis):
+        return equal_along(size)
+    if start is not None and size:
+        for i in range(1, len(axis)):
+            if length(axis[i:]) == size and start % size == 0:
+                f.ids.pin(axis[:i], reason)
+                return axis[i:]
+    return stopped(f, axis, size, reason)

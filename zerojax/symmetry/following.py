@@ -59,6 +59,11 @@ def _needed(jaxpr: Any) -> list[Any]:
     return needed[::-1]
 
 
+def _is_equal_along(values: np.ndarray, axis: int) -> bool:
+    """To the bit: 0.0 and -0.0 have different inverses."""
+    return np.broadcast_to(values.take([0], axis), values.shape).tobytes() == values.tobytes()
+
+
 def _number_longer(atoms: Sequence[Any], avals: Sequence[Any]) -> int:
     """How many arrays have more axes than their counterparts."""
     return sum(len(shape_of(a)) > len(b.shape) for a, b in zip(atoms, avals, strict=True))
@@ -112,7 +117,7 @@ class Following:
         values = np.asarray(x)
         return tuple(
             equal_along(size)
-            if not values.size or (values == values.take([0], i)).all()
+            if not values.size or _is_equal_along(values, i)
             else stopped(self, (), size, reason)
             for i, size in enumerate(values.shape)
         )

@@ -54,9 +54,17 @@ def reshape(f: Follower, eqn: Any, operand: Axes, *sizes: Axes) -> list[Axes]:
 
 def partly(f: Follower, eqn: Any, operand: Axes, *starts: Axes) -> list[Axes]:
     """Axes that are taken as a whole stay."""
-    sizes = zip(operand, shape_of(eqn.invars[0]), shape_of(eqn.outvars[0]), strict=True)
+    old, new = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0])
     reason = f'a part of it is taken {f.place(eqn)}'
-    return [tuple(axis if a == b else part(f, axis, b, reason) for axis, a, b in sizes)]
+    from_where = [None] * len(old)  # that of a `dynamic_slice` is computed
+    if 'start_indices' in eqn.params and set(eqn.params['strides'] or (1,)) == {1}:
+        from_where = eqn.params['start_indices']
+    return [
+        tuple(
+            axis if a == b else part(f, axis, b, reason, start)
+            for axis, a, b, start in zip(operand, old, new, from_where, strict=True)
+        )
+    ]
 
 
 def pad(f: Follower, eqn: Any, operand: Axes, value: Axes) -> list[Axes]:
@@ -190,10 +198,13 @@ def take_apart(f: Follower, eqn: Any, operand: Axes) -> list[Axes]:
     along, reason = eqn.params['axis'], f'it is taken apart {f.place(eqn)}'
     others = (*operand[:along], *operand[along + 1 :])
     results: list[Axes] = []
+    start = 0
     for result in eqn.outvars:
         shape = shape_of(result)
         kept = len(shape) == len(operand)
-        taken = part(f, operand[along], shape[along] if kept else 1, reason)
+        size = shape[along] if kept else 1
+        taken = part(f, operand[along], size, reason, start)
+        start += size
         results.append((*operand[:along], taken, *operand[along + 1 :]) if kept else others)
     return results
 
