@@ -221,7 +221,7 @@ def rounding_scale(dtype: str, linear: Curves) -> float:
 
 def screen(found: records.Record) -> list[str]:
     """The prediction as lines of at most 100 columns."""
-    width = min(max(14, *map(len, found['streams'])), 32)  # the end of a name tells most
+    width = min(max([14, *map(len, found['streams'])]), 32)  # the end of a name tells most
     row = f'{{:<{width}}}{{:>9}}{{:>14}}  {{}}'
     lines = ['', row.format('stream', 'features', 'growth a step', 'small asymmetry')]
     for name, stream in found['streams'].items():
