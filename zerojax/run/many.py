@@ -202,6 +202,8 @@ def train_together(
     try:
         return train_runs(jobs, programs, progress, batched=True)
     except RunError:  # it is that of one run; each for itself they find out whose
+        if jax.process_count() > 1:  # all of whose devices no run by itself has use for
+            raise
         return train_each(jobs, programs, progress)
 
 

@@ -254,6 +254,9 @@ class Recorders:
         for run, its_state in zip(self._runs, self._program.split_state(state), strict=True):
             if run.error is None:
                 run.save(its_state, self._seconds())
+                # Orbax tells saves apart by a counter of each process, so theirs must not overlap.
+                if self.number > 1 and jax.process_count() > 1:
+                    run.checkpoints.wait()
 
     def wait(self) -> None:
         """Returns when all checkpoints are on disk."""
