@@ -311,11 +311,6 @@ def draw(curves: dict[float, tuple[Curves, list[Curves]]], seeds: int, path: pat
     figures.save_png(figure, path)
 
 
-def flags_given(argv: list[str]) -> list[str]:
-    """Names of the flags of a command line."""
-    return [each.lstrip('-').split('=')[0] for each in argv[1:] if each.startswith('-')]
-
-
 def predict_config(argv: list[str], values: flags.FlagValues) -> Answer:
     """Of the run of a config."""
     config, workdir = cli.parse_flags(argv, values, workdir='runs/predict_NAME')
@@ -338,7 +333,7 @@ def predict_config(argv: list[str], values: flags.FlagValues) -> Answer:
 
 def predict_model(argv: list[str], values: flags.FlagValues) -> Answer:
     """Of a model that --model names."""
-    given = flags_given(argv)
+    given = cli.flags_given(argv)
     for name in given:
         if name == 'config':
             raise UsageError('--model, --config: one run is predicted; leave one of them out')
@@ -390,7 +385,7 @@ def run(argv: list[str]) -> None:
     """The command; `argv` are the program's name and the flags."""
     began = time.monotonic()
     values = cli.text_flags(model=None, scales=None, steps=str(MAX_STEPS), features='8', seeds='5')
-    given = flags_given(argv)
+    given = cli.flags_given(argv)
     if 'model' not in given and 'config' not in given:
         raise UsageError(
             '--config: missing; give it, or --model=MODULE:FUNCTION; to begin with, '

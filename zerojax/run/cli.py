@@ -172,15 +172,19 @@ def _mistakes() -> Iterator[None]:
         raise UsageError(f'command line: {reason}') from error
 
 
+def flags_given(argv: list[str]) -> list[str]:
+    """Names of the flags of a command line."""
+    return [each.lstrip('-').split('=')[0] for each in argv[1:] if each.startswith('-')]
+
+
 def fields_named(argv: list[str], group: str) -> list[str]:
     """The config's fields that a command line names as --GROUP.FIELD.
 
     Raises:
         UsageError: there is no such field.
     """
-    flag_names = [each.lstrip('-').split('=')[0] for each in argv[1:] if each.startswith('-')]
     group = f'{group}.'
-    fields = [name.removeprefix(group) for name in flag_names if name.startswith(group)]
+    fields = [name.removeprefix(group) for name in flags_given(argv) if name.startswith(group)]
     for field in fields:
         config_lib.check_field_exists(field)
     return fields

@@ -1,11 +1,11 @@
 """Symmetry of features, measured to the bit.
 
-A model declares once which axes of which parameter are indexed by the same features: a tree like
-the parameters (nested dictionaries) whose leaves are tuples with a name, or None, for every axis
-(the form known from permutation alignment, Ainsworth et al., "Git Re-Basin", 2022). An orbit is a
-set of features that start identical: all features along a named axis, unless `find_orbits` says
-otherwise. Everything here follows from that declaration and works on any nested dictionary of
-arrays that has one; it knows no network and no train step.
+A model declares, or has found, which axes of which parameter are indexed by the same features: a
+tree like the parameters (nested dictionaries) whose leaves are tuples with a name, or None, for
+every axis (the form known from permutation alignment, Ainsworth et al., "Git Re-Basin", 2022). An
+orbit is a set of features that start identical: all features along a named axis, unless
+`find_orbits` says otherwise. Everything here follows from that declaration and works on any nested
+dictionary of arrays that has one; it knows no network and no train step.
 
 `inference` finds the declaration in a function instead: `following` goes through its operations,
 `axis_rules` holds what each does to axes, `identities` which axes are indexed by the same features.

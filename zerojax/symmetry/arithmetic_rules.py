@@ -5,6 +5,7 @@ from typing import Any
 from zerojax.symmetry.axis_rules import (
     Follower,
     Rule,
+    all_stopped,
     shape_of,
     spread_and_align,
     stopped,
@@ -136,13 +137,7 @@ def fourier(f: Follower, eqn: Any, operand: Axes) -> list[Axes]:
 
 def random_numbers(f: Follower, eqn: Any, *operands: Axes) -> list[Axes]:
     """Differ from position to position."""
-    reason = f'random numbers differ along it {f.place(eqn)}'
-    for axes in operands:
-        for axis in axes:
-            f.ids.pin(axis, reason)
-    return [
-        tuple(stopped(f, (), size, reason) for size in shape_of(result)) for result in eqn.outvars
-    ]
+    return all_stopped(f, eqn, operands, f'random numbers differ along it {f.place(eqn)}')
 
 
 ELEMENTWISE = """

@@ -49,7 +49,13 @@ def stopped(f: Follower, axis: Axis, size: int, reason: str) -> Axis:
 
 def unknown(f: Follower, eqn: Any, *operands: Axes) -> list[Axes]:
     """Pins all."""
-    reason = f'it cannot be followed through this operation {f.place(eqn)}'
+    return all_stopped(
+        f, eqn, operands, f'it cannot be followed through this operation {f.place(eqn)}'
+    )
+
+
+def all_stopped(f: Follower, eqn: Any, operands: Sequence[Axes], reason: str) -> list[Axes]:
+    """Pins all axes of the operands, and those of the results."""
     for axes in operands:
         for axis in axes:
             f.ids.pin(axis, reason)
