@@ -57,9 +57,14 @@ from fire import (
 from odd_commands import configs
 
 
+def newest_checkpoint(workdir: pathlib.Path) -> int:
+    names = (path.name for path in (workdir / 'checkpoints').glob('*'))
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
 def kills(fire: Fire, number: int) -> None:
-    """SIGKILL; moments are spread from the start of a process to its hundredth step."""
-    steps = 60 * number + 200  # more than as many lives make, of which many never come to train
+    """SIGKILL; moments are spread from the start of a process to its sixtieth step."""
+    steps = 60 * number + 200  # more than as many lives make
     expected = fire.undisturbed(steps)
     workdir = fire.new_folder('killed')
     seconds = json.loads((expected / 'summary.json').read_text())['seconds']
@@ -71,18 +76,18 @@ def kills(fire: Fire, number: int) -> None:
     done, moments = 0, []
     while done < number:
         process = fire.start(workdir, steps)
-        time.sleep(fire.random.uniform(0, start + 100 * a_step))
+        newest = newest_checkpoint(workdir)
+        # Times of another run are a guess; so no life makes more than its 60 steps.
+        moment = time.monotonic() + fire.random.uniform(0, start + 60 * a_step)
+        while time.monotonic() < moment and newest_checkpoint(workdir) < newest + 60:
+            time.sleep(0.002)
         if process.poll() is not None:
             assert process.returncode == 0, process.communicate()
             break
         process.kill()
         process.communicate()
         done += 1
-        newest = max(
-            (int(x.name) for x in (workdir / 'checkpoints').glob('*') if x.name.isdigit()),
-            default=0,
-        )
-        moments.append(newest)
+        moments.append(newest_checkpoint(workdir))
     status, output, error = fire.run(workdir, steps)
     assert status == 0, error
     fire.check_same(workdir, steps)
