@@ -211,17 +211,17 @@ def gpt(steps: int) -> own_model.Model:
 
 
 ARCHITECTURES: dict[str, Callable[[int], own_model.Model]] = {
-    'MLP-Mixer without LayerNorm': lambda steps: linen(Mixer(), digits(steps), FASTER_SGD),
-    'without LayerNorm, AdamW': lambda steps: linen(
+    'Mixer, no LayerNorm': lambda steps: linen(Mixer(), digits(steps), FASTER_SGD),
+    'Mixer, no LayerNorm, AdamW': lambda steps: linen(
         Mixer(), digits(steps), optax.adamw(3e-3, eps_root=1e-8)
     ),
-    'MLP-Mixer': lambda steps: linen(Mixer(1e-6), digits(steps)),
-    'the same, epsilon 0.1': lambda steps: linen(Mixer(0.1), digits(steps)),
+    'Mixer': lambda steps: linen(Mixer(1e-6), digits(steps)),
+    'Mixer, epsilon 0.1': lambda steps: linen(Mixer(0.1), digits(steps)),
     'ViT': lambda steps: linen(ViT(), digits(steps)),
     'GPT block, AdamW': gpt,
     'ResNet, BatchNorm': lambda steps: linen(ResNet(), digits(steps), FASTER_SGD),
     'Equinox MLP, 32 wide': in_equinox(32),
-    'Equinox MLP, 7 wide, labels modulo 3': in_equinox(7, 3),
+    'Equinox MLP, 7 wide, 3 classes': in_equinox(7, 3),
     'NNX residual MLP': in_nnx,
 }
 

@@ -2,10 +2,10 @@
 
     python -m experiments.drawings [--workdir=DIR]
 
-Those of runs that take a GPU, from the tables in docs/tables: gpu_arms.png of gpu_arms_curves.csv,
-gpu_bfloat16_arms.png of gpu_bfloat16_arms_curves.csv, gpu_steps.png of gpu_steps.csv (without runs
-whose features stay equal), and a table of how far predictions in the latter are off. And
-networks.png, the networks and their streams. DIR is docs/figures.
+Those of runs that take hours or a GPU, from the tables in docs/tables: a figure of each
+NAME_curves.csv (`ARMS`), gpu_steps.png of gpu_steps.csv (without runs whose features stay equal),
+and a table of how far predictions in the latter are off. And networks.png, the networks and their
+streams. DIR is docs/figures.
 """
 
 import csv
@@ -24,6 +24,12 @@ from zerojax.host.terminal import say
 from zerojax.run import cli
 
 TABLES = pathlib.Path(__file__).parents[1] / 'docs' / 'tables'
+PAPERS = 'ConstNet-16-10 on CIFAR-10 (JPEG-75 copy)'
+ARMS = {  # name of a table of curves: title of its figure
+    'gpu_arms': f'{PAPERS}, TF32, one NVIDIA H200',
+    'gpu_bfloat16_arms': f'{PAPERS}, bfloat16, one NVIDIA H100',
+    'fashion_mnist_arms': 'ConstNet-10-1 on Fashion-MNIST',
+}
 STREAMS = ('stem', 'block1_0', 'block2_0', 'block3_0')
 
 
@@ -99,15 +105,12 @@ def run(argv: list[str]) -> None:
     workdir = paths.meant(values.workdir, f'--workdir={values.workdir}')
     cli.make_folder(workdir)
     steps = read('gpu_steps.csv')
-    tf32, bfloat16 = (arms.draw(read(f'{x}_curves.csv')) for x in ('gpu_arms', 'gpu_bfloat16_arms'))
-    for name, device, figure in (
-        ('gpu_arms.png', 'TF32, one NVIDIA H200', tf32),
-        ('gpu_bfloat16_arms.png', 'bfloat16, one NVIDIA H100', bfloat16),
-        ('gpu_steps.png', 'one NVIDIA H200, where named H100', draw_steps(steps)),
-    ):
-        figure.suptitle(f'ConstNet-16-10 on CIFAR-10 (JPEG-75 copy), {device}')
-        figure.savefig(workdir / name, dpi=110)
-        say(f'{workdir / name}')
+    drawn = {name: (title, arms.draw(read(f'{name}_curves.csv'))) for name, title in ARMS.items()}
+    drawn['gpu_steps'] = f'{PAPERS}, one NVIDIA H200, where named H100', draw_steps(steps)
+    for name, (title, figure) in drawn.items():
+        figure.suptitle(title)
+        figure.savefig(workdir / f'{name}.png', dpi=110)
+        say(f'{workdir / name}.png')
     networks.draw().savefig(workdir / 'networks.png', dpi=110)
     say(f'{workdir / "networks.png"}')
     say(f'\n{runs.markdown(prediction_errors(steps))}')

@@ -366,13 +366,19 @@ def test_a_number_may_be_as_small_as_the_precision_of_the_run_has_it(config):
 
 
 @pytest.mark.parametrize(
-    'steps_per_call,batched,expected',
-    [(1, False, 'mixed'), (1, True, 'patches'), (2, False, 'patches')],
+    'steps_per_call,batched,every,expected',
+    [
+        (1, False, 1, 'mixed'),
+        (1, True, 1, 'patches'),
+        (2, False, 1, 'patches'),
+        (1, False, 2, 'patches'),
+    ],
 )
 def test_auto_becomes_the_convolution_that_is_fast_for_the_run(
-    config, steps_per_call, batched, expected
+    config, steps_per_call, batched, every, expected
 ):
     config.steps_per_call = steps_per_call
+    config.perturbation.kind, config.perturbation.every = 'dropout', every
     model = build_model(config, 10, batched=batched)
     assert convolution_of(config, batched=batched) == model.convolution == expected
     assert config.model.convolution == 'auto', 'as a run says it that may go on elsewhere'

@@ -395,9 +395,14 @@ def convolution_of(config: ConfigDict, *, batched: bool = False, backend: str | 
 
     `batched` runs are computed at once, see `zerojax.run.program`; `backend` as in
     `zerojax.models.convolutions.resolve`.
+
+    Raises:
+        UsageError: as `build_perturbation`.
     """
-    unrolled = config.steps_per_call == 1 and not batched
-    return convolutions.resolve(config.model.convolution, unrolled=unrolled, backend=backend)
+    perturbation = build_perturbation(config)
+    branches = perturbation.kind in perturb.LAYER_KINDS and not perturbation.always_due
+    alone = config.steps_per_call == 1 and not batched and not branches
+    return convolutions.resolve(config.model.convolution, alone=alone, backend=backend)
 
 
 def build_model(

@@ -160,13 +160,24 @@ class Perturbation:
         except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f'layers={self.layers!r}: not a regular expression: {error}') from None
 
+    @property
+    def period(self) -> int:
+        """`every`, by default of its kind."""
+        if self.every is None:
+            return 0 if self.kind in WEIGHT_KINDS else 1
+        return self.every
+
+    @property
+    def always_due(self) -> bool:
+        """Whether it is applied in every update."""
+        return self.at_step == 0 and self.period == 1
+
     def due(self, step: jax.Array) -> jax.Array:
         """Whether it is applied in update number `step` (int32 [], from 0): bool []."""
-        every = self.every
-        if every is None:
-            every = 0 if self.kind in WEIGHT_KINDS else 1
         since = step - self.at_step
-        return (since >= 0) & (since % every == 0) if every else since == 0
+        if self.period:
+            return (since >= 0) & (since % self.period == 0)
+        return since == 0
 
 
 NONE = Perturbation()

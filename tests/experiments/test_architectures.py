@@ -19,15 +19,15 @@ def standard_promotion():
 
 
 STREAMS = {  # numbers of features; of attention those that queries and keys share, and values
-    'MLP-Mixer without LayerNorm': [32, 32, 64],
-    'without LayerNorm, AdamW': [32, 32, 64],
-    'MLP-Mixer': [32, 32, 64],
-    'the same, epsilon 0.1': [32, 32, 64],
+    'Mixer, no LayerNorm': [32, 32, 64],
+    'Mixer, no LayerNorm, AdamW': [32, 32, 64],
+    'Mixer': [32, 32, 64],
+    'Mixer, epsilon 0.1': [32, 32, 64],
     'ViT': [2, 16, 16, 32, 64],
     'GPT block, AdamW': [2, 16, 16, 32, 64],
     'ResNet, BatchNorm': [16, 16, 32, 32],
     'Equinox MLP, 32 wide': [32],
-    'Equinox MLP, 7 wide, labels modulo 3': [7],
+    'Equinox MLP, 7 wide, 3 classes': [7],
     'NNX residual MLP': [32, 48],
 }
 

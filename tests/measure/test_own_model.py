@@ -267,6 +267,21 @@ def test_an_optimizer_without_a_derivative_is_a_sentence():
         own_model.predict(linen(optax.adam(1e-3)), steps=3)
 
 
+@pytest.mark.parametrize('tx', [optax.lion(1e-3), optax.sign_sgd(1e-3)])
+def test_of_signs_nothing_is_predicted(tx):
+    """Their derivative is 0, where a gradient of 0 that is moved becomes a whole step."""
+    model = linen(tx, steps=2)
+    with pytest.raises(ValueError, match='tx: takes signs'):
+        own_model.predict(model)
+    assert max(curve[1] for curve in own_model.measure(model, 1e-6).values()) > 1e-3
+
+
+@pytest.mark.parametrize('name', ['adabelief', 'adagrad', 'adamw', 'nadam', 'radam', 'rmsprop'])
+def test_other_optimizers_take_none(name):
+    model = linen(optax.chain(optax.clip_by_global_norm(1.0), getattr(optax, name)(1e-3)))
+    own_model.check_predictable(model)
+
+
 def test_the_readmes_example_runs_and_has_no_declaration(capsys):
     readme = (pathlib.Path(__file__).parents[2] / 'README.md').read_text()
     blocks = re.findall(r'^```python\n(.*?)^```', readme, re.M | re.S)

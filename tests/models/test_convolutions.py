@@ -91,12 +91,12 @@ def test_mixed_takes_for_each_pass_the_way_that_it_names(side, channels, feature
 
 
 @pytest.mark.parametrize(
-    'backend,unrolled,expected',
+    'backend,alone,expected',
     [('cpu', True, 'mixed'), ('cpu', False, 'patches'), ('gpu', True, 'direct'),
      ('tpu', False, 'direct')],
 )  # fmt: skip
-def test_auto_depends_on_backend_and_loop_alone(monkeypatch, backend, unrolled, expected):
+def test_auto_depends_on_backend_and_surroundings(monkeypatch, backend, alone, expected):
     monkeypatch.setattr(jax, 'default_backend', lambda: backend)
-    assert convolutions.resolve('auto', unrolled=unrolled) == expected
+    assert convolutions.resolve('auto', alone=alone) == expected
     for convolution in CONVOLUTIONS:
-        assert convolutions.resolve(convolution, unrolled=unrolled) == convolution
+        assert convolutions.resolve(convolution, alone=alone) == convolution

@@ -82,7 +82,7 @@ def test_a_true_declaration_is_told_in_lines():
     found = symmetry.check_feature_axes(apply, params(), X, AXES)
     assert found.streams == {'a': 6, 'b': 6}
     lines = str(found).splitlines()
-    assert lines[0] == '2 streams may be permuted: a (6), b (6)'
+    assert lines[0] == 'streams that may be permuted: a (6), b (6)'
     assert all(f'{what} ' in lines[1] for what in ('outputs', 'gradients', 'SGD', 'Adam'))
     assert len(lines) == 2
     assert jax.config.jax_enable_x64 == before and jnp.zeros(1).dtype == jnp.float32

@@ -28,6 +28,7 @@ from zerojax.measure.stability import State
 from zerojax.step.determinism import jit_in_mode
 from zerojax.symmetry.check import fitted
 from zerojax.symmetry.orbits import feature_counts
+from zerojax.symmetry.trial import equations_of
 
 __all__ = ['Model', 'Prediction', 'check_predictable', 'measure', 'predict']
 
@@ -275,8 +276,8 @@ def check_predictable(model: Model, features: int = 8) -> None:
     """Checks all of a model that can be known before it is trained.
 
     Raises:
-        ValueError: features of a stream start unequal, `features` are too few, or what `make` gives
-            is not the same network.
+        ValueError: features of a stream start unequal, the optimizer takes signs, `features` are
+            too few, or what `make` gives is not the same network.
     """
     unique = symmetry.unique_features_by_stream(jax.device_get(model.params), model.axes)
     unequal = [f'{name} has {n} different ones' for name, n in unique.items() if n > 1]
@@ -285,6 +286,7 @@ def check_predictable(model: Model, features: int = 8) -> None:
             f'params: all features of a stream must start equal, but {", ".join(unequal)}; make '
             'the initial weights constant along its axes'
         )
+    _check_signs(model)
     if model.make:
         reduced.networks(model, features)
 
@@ -371,6 +373,16 @@ def _check_optimizer(model: Model) -> None:
             f'tx: fails ({type(error).__name__}: {reason}); must be an optimizer of Optax for '
             'these params, whose update takes gradients, state and params alone'
         ) from error
+
+
+def _check_signs(model: Model) -> None:
+    params = model.restored(model.params)
+    traced = jax.make_jaxpr(model.tx.update)(params, model.tx.init(params), params)
+    if any(str(equation.primitive) == 'sign' for equation in equations_of(traced.jaxpr)):
+        raise ValueError(
+            'tx: takes signs, as Lion does of gradients; that has the derivative 0 whatever the '
+            'noise comes to, so nothing can be predicted; `measure` trains the model'
+        )
 
 
 def _check_steps(model: Model) -> None:

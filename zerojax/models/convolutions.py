@@ -105,17 +105,17 @@ CONVOLUTIONS: dict[str, Convolve] = {
 CHOICES = ('auto', *CONVOLUTIONS)
 
 
-def resolve(convolution: str, *, unrolled: bool = True, backend: str | None = None) -> str:
+def resolve(convolution: str, *, alone: bool = True, backend: str | None = None) -> str:
     """The way that is fast on a backend in place of 'auto'; any other as it is.
 
     Args:
         convolution: one of `CHOICES`.
-        unrolled: neither in a loop nor batched by `jax.vmap`, where XLA's convolution has no
-            threads on a CPU.
+        alone: neither in a loop, nor in one of two branches, nor batched by `jax.vmap`, where XLA's
+            convolution has no threads on a CPU.
         backend: 'cpu', 'gpu' or 'tpu'; by default the one that JAX runs on.
     """
     if convolution != 'auto':
         return convolution
     if (backend or jax.default_backend()) != 'cpu':
         return 'direct'
-    return 'mixed' if unrolled else 'patches'
+    return 'mixed' if alone else 'patches'

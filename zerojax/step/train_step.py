@@ -88,13 +88,13 @@ def train_step_function(
 
         gradient = jax.value_and_grad(loss_function, has_aux=True)
         if perturbation.kind in perturb.LAYER_KINDS:
-            # Two whole programs, so that the arithmetic of steps without it is the ordinary one.
-            gradient = functools.partial(
-                jax.lax.cond,
-                perturbation.due(state.step),
-                jax.value_and_grad(perturbed_loss_function, has_aux=True),
-                gradient,
-            )
+            perturbed = jax.value_and_grad(perturbed_loss_function, has_aux=True)
+            if perturbation.always_due:
+                gradient = perturbed
+            else:
+                # Two whole programs, so that the arithmetic of steps without it is the ordinary one.
+                due = perturbation.due(state.step)
+                gradient = functools.partial(jax.lax.cond, due, perturbed, gradient)
         (loss, (logits_BxN, batch_stats)), grads = gradient(params)
         grads = perturb.perturb_gradients(
             perturbation, grads, noise_key, state.step, feature_axes['params']

@@ -54,7 +54,7 @@ class AxesCheck:
         streams = ', '.join(f'{name} ({count})' for name, count in self.streams.items())
         differences = ', '.join(f'{what} {size:.0e}' for what, size in self.differences.items())
         lines = [
-            f'{len(self.streams)} streams may be permuted: {streams or "none"}',
+            f'streams that may be permuted: {streams or "none"}',
             f'largest relative difference, float64: {differences}',
         ]
         if self.unseen:

@@ -210,7 +210,7 @@ def _check_precision(function: Callable[[Any], Any], weights: Arrays) -> None:
             f'apply: fails in float64, in which it is checked ({reason}); take its dtypes from its '
             'params'
         ) from error
-    for eqn in _equations_of(closed.jaxpr):
+    for eqn in equations_of(closed.jaxpr):
         if eqn.primitive.name == 'convert_element_type':
             narrow, wide = eqn.params['new_dtype'], eqn.invars[0].aval.dtype
             if wide == np.float64 and is_float(narrow) and jnp.finfo(narrow).bits < 64:
@@ -220,7 +220,7 @@ def _check_precision(function: Callable[[Any], Any], weights: Arrays) -> None:
                 )
 
 
-def _equations_of(jaxpr: Any) -> Iterator[Any]:
+def equations_of(jaxpr: Any) -> Iterator[Any]:
     """Equations that depend on the jaxpr's arguments, also those of functions it calls."""
     reached = set(map(id, jaxpr.invars))
     for eqn in jaxpr.eqns:
@@ -233,4 +233,4 @@ def _equations_of(jaxpr: Any) -> Iterator[Any]:
         ):
             inner = getattr(inner, 'jaxpr', inner)
             if hasattr(inner, 'eqns'):
-                yield from _equations_of(inner)
+                yield from equations_of(inner)
