@@ -6,12 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import quick
 from flax.traverse_util import flatten_dict, unflatten_dict
 from small_step import SHAPE, batches, bits, broken_at_step, run, setup
 
 from experiments import own_model
 from zerojax import models, perturb, step, symmetry
 from zerojax.step import optimizer
+from zerojax.symmetry.trial import equations_of
 
 
 @pytest.mark.parametrize(
@@ -79,6 +81,23 @@ def test_a_perturbation_changes_its_step_and_not_a_bit_before(arguments):
     # Weights are perturbed before the gradient of that step, all else breaks those of the next.
     weights_first = arguments['kind'] in perturb.WEIGHT_KINDS
     assert broken_at_step(state) == (at_step if weights_first else at_step + 1)
+
+
+@pytest.mark.parametrize('kind,scale', [('activation', 0.1), ('dropout', 0.1), ('order', 0.0)])
+def test_a_perturbation_of_every_step_has_no_second_program(kind, scale):
+    """In which convolutions would lose their threads; the step is the same."""
+    after = []
+    for every, branches in ((1, 0), (2, 1)):
+        perturbation = perturb.Perturbation(kind, scale, every=every)
+        assert perturbation.always_due == (every == 1)
+        model, tx, state, _ = setup(**TOY)
+        function = step.train_step_function(model, tx, perturbation=perturbation)
+        batch = batches(1)[0]
+        traced = jax.make_jaxpr(function)(state, batch)
+        assert sum(str(each.primitive) == 'cond' for each in equations_of(traced.jaxpr)) == branches
+        after.append(flatten_dict(quick.jit(function)(state, batch)[0].params))
+    for path, x in after[0].items():
+        np.testing.assert_allclose(x, after[1][path], rtol=1e-6, atol=1e-9, err_msg=str(path))
 
 
 def test_broken_at_step_and_projection_know_orbits():

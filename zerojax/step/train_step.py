@@ -92,7 +92,7 @@ def train_step_function(
             if perturbation.always_due:
                 gradient = perturbed
             else:
-                # Two whole programs, so that the arithmetic of steps without it is the ordinary one.
+                # Two whole programs, so that a step without it has the ordinary arithmetic.
                 due = perturbation.due(state.step)
                 gradient = functools.partial(jax.lax.cond, due, perturbed, gradient)
         (loss, (logits_BxN, batch_stats)), grads = gradient(params)
