@@ -72,7 +72,7 @@ def _convolve_one_channel(x_BxHxWx1: jax.Array, kernel: jax.Array, stride: int) 
 def convolve_mixed(
     x_BxHxWxC: jax.Array, kernel: jax.Array, stride: int, precision: str = 'highest'
 ) -> jax.Array:
-    """The same convolution, each pass in the way that is fastest on a CPU outside of loops.
+    """The same convolution, each pass as is fastest on a CPU outside of loops and branches.
 
     That is `convolve_direct`, but as patches where XLA's convolution does badly: outputs and input
     gradients of images of at most 2x2, all input gradients at stride 2, and everything in float64;

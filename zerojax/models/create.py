@@ -67,8 +67,9 @@ def create(
         convolution: how a convolution is computed: 'direct' (XLA's convolution), 'patches' (one
             matrix product), 'mixed' (each pass as is fastest on a CPU, with BatchNorm's sums as
             products too) or 'auto': 'mixed' on CPUs, else 'direct'. Equal up to rounding. On CPUs
-            'direct' and 'mixed' are slow inside of loops and `jax.vmap`; there take 'patches'.
-            'mlp' has no use for it.
+            'direct' and 'mixed' are slow inside of loops, `jax.vmap` and `jax.lax.cond` (as of a
+            perturbation of layers that acts in some steps); there take 'patches'. 'mlp' has no use
+            for it.
         precision: of all products, forward and backward, see `jax.lax.Precision`: 'highest' (of
             float32 in float32), 'high' or 'default'. With 'default' GPUs round the factors to TF32
             and TPUs to bfloat16, to which 1 + 1e-6 is 1; CPUs make no difference.
