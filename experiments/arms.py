@@ -129,7 +129,7 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
     forward.set(ylabel='−ln |forward correlation| of block convolutions')
     backward.set(ylabel='−ln |backward correlation| of block convolutions')
     figure.legend(
-        *accuracy.get_legend_handles_labels(), loc='outside lower center', ncols=4, frameon=False
+        *accuracy.get_legend_handles_labels(), loc='outside lower center', ncols=3, frameon=False
     )
     return figure
 
