@@ -219,12 +219,13 @@ def test_the_reduced_prediction_begins_as_the_noise_whatever_the_optimizer(tiny_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('shortcut,scale', [('pre_relu', 1e-4), ('post_relu', 1e-3)])
-def test_onsets_are_those_of_the_runs(tmp_path, shortcut, scale):
+@pytest.mark.parametrize('depth,shortcut,scale', [(7, 'pre_relu', 1e-4), (10, 'post_relu', 1e-3)])
+def test_onsets_are_those_of_the_runs(tmp_path, depth, shortcut, scale):
     """The median of three seeds, within three steps."""
     from configs import onset as onset_config
 
     config = onset_config.get_config()
+    config.model.depth = depth
     config.model.shortcut = shortcut
     config.perturbation.scale = scale
     config.num_steps = config.eval_every_steps = config.checkpoint_every_steps = 70

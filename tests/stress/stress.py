@@ -101,9 +101,8 @@ def kills(fire: Fire, number: int) -> None:
     )
 
 
-def terms(fire: Fire, number: int) -> None:
+def terms(fire: Fire, number: int, steps: int = 400) -> None:
     """SIGTERM at moments spread over a whole short run."""
-    steps = 400
     fire.undisturbed(steps)
     status, finished, stopped = 0, 0, 0
     began = time.monotonic()

@@ -20,7 +20,7 @@ def test_killed_twice(fire, capsys):
 
 
 def test_terminated(fire):
-    stress.terms(fire, 1)
+    stress.terms(fire, 1, steps=100)
 
 
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
@@ -31,7 +31,7 @@ def test_damaged_checkpoints(fire):
 
 
 def test_full_disks(fire, capsys):
-    stress.disk(fire, 2)
+    stress.disk(fire, 1)
     if 'not run' in capsys.readouterr().out:
         pytest.skip('a tmpfs may not be mounted here')
 

@@ -193,7 +193,7 @@ def test_an_axis_with_a_name_may_be_permuted(program):
 
 
 @pytest.mark.slow
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(steps, min_size=2, max_size=16))
 def test_so_it_may_in_many_more_programs(program):
     """As above, of other programs each time."""
