@@ -58,7 +58,7 @@ def test_there_and_back(tmp_path, capsys, name, more):
 
     back = tmp_path / 'back.pth.tar'
     assert convert.main(['convert', 'to-torch', str(back), f'--workdir={run}']) == 0
-    returned = torch_checkpoint.read(back)
+    returned = torch_checkpoint.load(back).arrays
     names = {k for k in returned if 'num_batches_tracked' not in k}
     assert names == arrays.keys(), 'as strict load_state_dict wants it'
     model = models.create(**{'name': 'constnet', 'depth': 10, 'width': 1} if not more else {
@@ -92,13 +92,13 @@ def test_pickled_code_is_refused_and_not_executed(tmp_path, monkeypatch):
     pathlib.Path('damaged.pth.tar').write_bytes(b'PK\x03\x04 and so on')
     for name in ('zip', 'plain', 'damaged'):
         with pytest.raises(UsageError, match=r'no PyTorch checkpoint of tensors alone'):
-            torch_checkpoint.read(pathlib.Path(f'{name}.pth.tar'))
+            torch_checkpoint.load(pathlib.Path(f'{name}.pth.tar'))
     assert not pathlib.Path('executed').exists()
     with pytest.raises(UsageError, match=r'cannot be read'):
-        torch_checkpoint.read(pathlib.Path('missing.pth.tar'))
+        torch_checkpoint.load(pathlib.Path('missing.pth.tar'))
     torch.save([1, 2], 'list.pth.tar')
     with pytest.raises(UsageError, match='holds no state dict'):
-        torch_checkpoint.read(pathlib.Path('list.pth.tar'))
+        torch_checkpoint.load(pathlib.Path('list.pth.tar'))
 
 
 @pytest.mark.parametrize(
@@ -114,14 +114,14 @@ def test_pickled_code_is_refused_and_not_executed(tmp_path, monkeypatch):
 def test_tensors_that_no_network_can_have_are_refused(tmp_path, tensor, message):
     torch.save({'fc.bias': tensor}, tmp_path / 'x.pth.tar')
     with pytest.raises(UsageError, match=message):
-        torch_checkpoint.read(tmp_path / 'x.pth.tar')
+        torch_checkpoint.load(tmp_path / 'x.pth.tar')
 
 
 def test_parameters_and_half_precision_are_read(tmp_path):
     bias = torch.nn.Parameter(torch.tensor([0.5, 1.5], dtype=torch.bfloat16))
     torch.save({'fc.bias': bias}, tmp_path / 'x.pth.tar')
     np.testing.assert_array_equal(
-        torch_checkpoint.read(tmp_path / 'x.pth.tar')['fc.bias'], [0.5, 1.5]
+        torch_checkpoint.load(tmp_path / 'x.pth.tar').arrays['fc.bias'], [0.5, 1.5]
     )
 
 
@@ -201,7 +201,8 @@ def test_a_converted_run_of_any_precision_trains_and_goes_back(tmp_path, dtype, 
     with Checkpoints(run / 'checkpoints') as checkpoints:
         after = checkpoints.read_variables(3)
     np.testing.assert_array_equal(
-        torch_checkpoint.read(back)['fc.bias'], after['params']['head']['bias'].astype(np.float64)
+        torch_checkpoint.load(back).arrays['fc.bias'],
+        after['params']['head']['bias'].astype(np.float64),
     )
 
 
@@ -211,13 +212,13 @@ def test_a_converted_run_of_any_precision_trains_and_goes_back(tmp_path, dtype, 
 def test_prefixes_that_all_names_share_are_taken_off(tmp_path, prefix):
     arrays = golden_arrays('constnet_d10_w1')
     named = {f'{prefix}{k}': x for k, x in arrays.items()}
-    assert torch_checkpoint.read(save(tmp_path, named)).keys() == arrays.keys()
+    assert torch_checkpoint.load(save(tmp_path, named)).arrays.keys() == arrays.keys()
     named['n_averaged'] = np.zeros(())
-    assert torch_checkpoint.read(save(tmp_path, named)).keys() == named.keys()
+    assert torch_checkpoint.load(save(tmp_path, named)).arrays.keys() == named.keys()
 
 
 def test_a_state_dict_of_nothing_is_read(tmp_path, capsys):
-    assert torch_checkpoint.read(save(tmp_path, {}, epoch=1)) == {}
+    assert torch_checkpoint.load(save(tmp_path, {}, epoch=1)).arrays == {}
     assert from_torch(tmp_path / 'x.pth.tar', tmp_path / 'run') == 2
     assert 'missing among the arrays' in capsys.readouterr().err
 

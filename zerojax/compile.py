@@ -48,7 +48,7 @@ from zerojax import config as config_lib
 from zerojax.host import records
 from zerojax.host.command import run_command
 from zerojax.host.errors import RunError, UsageError
-from zerojax.host.stop import raise_on_signals
+from zerojax.host.stop import exit_on_signals
 from zerojax.host.terminal import say
 from zerojax.measure import program_cost
 from zerojax.measure.compiled import no_compilation_cache, operations_that_may_not_repeat
@@ -272,7 +272,7 @@ def run(argv: list[str]) -> None:
 
 def main(argv: list[str]) -> int:
     """Runs the command line `argv` (with the program's name); returns the exit status."""
-    return run_command(run, argv, __doc__, raise_on_signals)
+    return run_command(run, argv, __doc__, exit_on_signals)
 
 
 if __name__ == '__main__':

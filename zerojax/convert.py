@@ -68,12 +68,12 @@ def from_torch(file: pathlib.Path, argv: list[str]) -> None:
         checkpoints = stack.enter_context(
             Checkpoints(workdir / 'checkpoints', config.keep_checkpoints_at)
         )
+        checkpoints.save(state, seconds=0.0)
+        checkpoints.wait()
         write_json(
             workdir / 'origin.json',
             {'file': file.name, 'sha256': saved.sha256, 'epoch': saved.epoch},
         )
-        checkpoints.save(state, seconds=0.0)
-        checkpoints.wait()
     say(f'{workdir}: step 0 has the weights of {file}')
 
 

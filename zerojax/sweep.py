@@ -155,14 +155,18 @@ def run(argv: list[str]) -> None:
             jax.config.update('jax_platforms', 'cpu')  # the devices here are for the workers
             cluster = stack.enter_context(launch.connect(values.launcher, workdir))
         check_devices()  # before anything else asks for them, as below
+        refused = False
         try:
             each = [job for _, job in jobs]
             if cluster is None:
                 sweep(each, at_once)
             else:
                 launch.sweep_on(cluster, each, at_once)
+        except UsageError:  # the folders may hold other runs than those that are named
+            refused = True
+            raise
         finally:
-            if distributed.is_first():
+            if distributed.is_first() and not refused:
                 write_table(jobs, workdir)
 
 

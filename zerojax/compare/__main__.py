@@ -39,8 +39,8 @@ def parse(argv: list[str]) -> tuple[list[pathlib.Path], pathlib.Path | None]:
     if len(workdirs) < 2:
         raise UsageError(f'command line: {len(workdirs)} runs; name at least two workdirs')
     if output is not None:
-        is_folder = f'{output} is a folder' if output.is_dir() else None
-        obstacle = is_folder or paths.why_no_folder(output.parent, must_exist=True)
+        no_file = f'{output} is none' if output.exists() and not output.is_file() else None
+        obstacle = no_file or paths.why_no_folder(output.parent, must_exist=True)
         if obstacle:
             raise UsageError(
                 f'--output={output}: must be a file in a folder that exists, {obstacle}'
@@ -57,7 +57,7 @@ def run(argv: list[str]) -> None:
     found = compare(workdirs)
     if output is not None:
         try:
-            write_json(output, found)
+            write_json(output.resolve(), found)  # a link stays one
         except OSError as error:
             raise UsageError(f'--output={output}: cannot be written ({error.strerror})') from error
     if not say(report(found)) and output is None:

@@ -128,9 +128,11 @@ def _ensemble_rows(found: Record) -> Iterator[tuple[str, str]]:
         yield 'variance', 'not of one network and training set'
     else:
         beyond = [field for field in found['varied'] if not field.endswith('seed')]
+        estimate = found['variance_on_distribution']
+        on_distribution = 'unknown' if estimate is None else f'{estimate:.3g}'
         yield (
             'variance',
             f'between runs: {found["variance_on_test_set"]:.3g} on these examples, '
-            f'{found["variance_on_distribution"]:.3g} on their distribution (unbiased estimate)'
+            f'{on_distribution} on their distribution (unbiased estimate)'
             + (f'; the runs differ in more than seeds: {", ".join(beyond)}' if beyond else ''),
         )

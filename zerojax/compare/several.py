@@ -81,7 +81,9 @@ def describe_ensemble(
         'diversity': ensemble.diversity(np.stack([each.classes for each in predictions])),
         'variance_on_test_set': ensemble.variance_on_test_set(correct_RxN) if comparable else None,
         'variance_on_distribution': (
-            ensemble.variance_on_distribution(correct_RxN) if comparable else None
+            ensemble.variance_on_distribution(correct_RxN)
+            if comparable and correct_RxN.shape[1] > 1
+            else None
         ),
         'varied': sorted(varied),
     }

@@ -67,19 +67,13 @@ def gram(x: jax.Array) -> jax.Array:
     return jnp.matmul(x, x.T, precision='highest')
 
 
-def cka(gram_a: np.ndarray, gram_b: np.ndarray) -> float:
-    """CKA of two centred Gram matrices [N, N]: <K, M> / (|K| |M|), from 0 to 1; nan if one is 0.
-
-    Biased upwards, the more so the more features there are for an example: the diagonals of
-    independent features agree. See `debiased_cka`.
-    """
-    return _cosine(np.asarray(gram_a, np.float64), np.asarray(gram_b, np.float64))
-
-
 def debiased_cka(gram_a: np.ndarray, gram_b: np.ndarray) -> float:
     """CKA of two Gram matrices [N, N] of the same N examples, by unbiased estimates, from -1 to 1.
 
-    HSIC_0 of `cka` is replaced by HSIC_1 of Song et al., "Feature Selection via Dependence
+    Linear centred kernel alignment, Kornblith et al., "Similarity of Neural Network
+    Representations Revisited", 2019, is <K, M> / (|K| |M|) of centred Gram matrices. It is biased
+    upwards where features outnumber examples: 500 examples of 20,000 independent features have
+    0.98. So its HSIC_0 is replaced by HSIC_1 of Song et al., "Feature Selection via Dependence
     Maximization", 2012, whose mean is that of infinitely many examples, as Nguyen, Raghu and
     Kornblith, "Do Wide and Deep Networks Learn the Same Things?", 2021, do. So independent features
     have about 0, however many they are; features equal up to rotation, scaling and shift have 1.
@@ -107,24 +101,6 @@ def _off_diagonal(gram: np.ndarray) -> np.ndarray:
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:
     norms = np.linalg.norm(a) * np.linalg.norm(b)
     return float(np.vdot(a, b) / norms) if norms > 0 else float('nan')
-
-
-def linear_cka(a: jax.Array, b: jax.Array) -> float:
-    """Linear centred kernel alignment of features [N, ...] and [N, ...] of the same N examples.
-
-    Kornblith et al., "Similarity of Neural Network Representations Revisited", 2019: with centred
-    features X and Y as matrices, |YᵀX|² / (|XᵀX| |YᵀY|) in Frobenius norms, computed from the Gram
-    matrices X Xᵀ and Y Yᵀ as in their equation for wide layers. Between 0 and 1; it is 1 if and
-    only if the features are equal up to rotation, reflection, scaling and shift. nan where the
-    features of one are the same for all examples. Biased upwards where features outnumber examples:
-    500 examples of 20,000 independent features have 0.98; `debiased_linear_cka` is not.
-    """
-    return cka(np.asarray(gram(a)), np.asarray(gram(b)))
-
-
-def debiased_linear_cka(a: jax.Array, b: jax.Array) -> float:
-    """As `linear_cka`, but without its bias; see `debiased_cka`."""
-    return debiased_cka(np.asarray(gram(a)), np.asarray(gram(b)))
 
 
 def disagreement(classes_a: np.ndarray, classes_b: np.ndarray) -> float:

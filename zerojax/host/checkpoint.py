@@ -14,7 +14,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from zerojax.host import distributed, objectstore
-from zerojax.host.errors import RunError, UsageError
+from zerojax.host.errors import DamagedCheckpoint, RunError, UsageError
 from zerojax.host.hashes import tree_sha256
 from zerojax.step import TrainState
 
@@ -93,7 +93,7 @@ def _without_keys(x: Any) -> Any:
     return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
 
 
-class OtherState(RunError):
+class OtherState(DamagedCheckpoint):
     """A checkpoint that is whole, as far as one can tell, holds other arrays than are asked for."""
 
 
@@ -115,7 +115,7 @@ class Checkpoints:
         `moved`, as long as any is whole.
 
         Raises:
-            RunError: metadata is damaged, and no checkpoint may or can take its place.
+            DamagedCheckpoint: metadata is damaged, and no checkpoint may or can take its place.
         """
         policies = ocp.training.preservation_policies
         open_all = functools.partial(
@@ -137,7 +137,7 @@ class Checkpoints:
                 raise
             if read_only or not whole:
                 names = ', '.join(str(directory / str(step)) for step in damaged)
-                raise RunError(
+                raise DamagedCheckpoint(
                     f'{names}: damaged metadata; move that away to use the others'
                 ) from error
             distributed.wait_for_all()  # all have looked
@@ -214,7 +214,7 @@ class Checkpoints:
 
         Raises:
             UsageError: it is the checkpoint of another step.
-            RunError: it is damaged.
+            DamagedCheckpoint: it is damaged.
         """
         try:
             variables = self._load_parts(step, ('params', 'batch_stats', 'step'))
@@ -232,7 +232,7 @@ class Checkpoints:
         it, which did not know them.
 
         Raises:
-            RunError: it is damaged.
+            DamagedCheckpoint: it is damaged.
         """
         try:
             if 'broken_streams' not in self._checkpointer.metadata(step).metadata:
@@ -263,7 +263,7 @@ class Checkpoints:
             )
 
     def _check_structure(self, step: int, like: TrainState) -> None:
-        """Raises OtherState if a checkpoint has not the arrays of a state; RunError: damaged."""
+        """Raises OtherState if it lacks the arrays of a state; DamagedCheckpoint: damaged."""
         stored = _shapes(self._checkpointer.metadata(step).metadata)
         if 'step' not in stored:  # which every version has: the metadata are damaged
             raise self._unreadable(step, 'its metadata')
@@ -276,20 +276,20 @@ class Checkpoints:
                     f'config and version have ({path}: {there} there, {here} here)'
                 )
 
-    def _unreadable(self, step: int, reason: str) -> RunError:
+    def _unreadable(self, step: int, reason: str) -> DamagedCheckpoint:
         folder = self._checkpointer.directory / str(step)
-        return RunError(f'checkpoint {folder} is damaged ({reason})')
+        return DamagedCheckpoint(f'checkpoint {folder} is damaged ({reason})')
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The checkpoint of `step`, placed as `like` is, and what was saved beside the state.
 
         Raises:
             UsageError: it is the checkpoint of another step.
-            RunError: it is damaged; or as `OtherState`, holds other arrays than `like`.
+            DamagedCheckpoint: it is damaged; or as `OtherState`, holds other arrays than `like`.
         """
         try:
             self._check_structure(step, like)
-        except RunError:
+        except DamagedCheckpoint:
             raise
         except Exception as error:  # Orbax raises many kinds
             raise self._unreadable(step, type(error).__name__) from error

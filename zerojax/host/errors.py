@@ -10,3 +10,7 @@ class UsageError(ValueError):
 
 class RunError(RuntimeError):
     """A failure during the run that has a known cause (exit status 1). The message is one line."""
+
+
+class DamagedCheckpoint(RunError):
+    """A checkpoint cannot be read, or none that can is left."""

@@ -1,6 +1,7 @@
 """Small files: JSON, CSV, and how a file is replaced."""
 
 import csv
+import io
 import json
 import os
 import pathlib
@@ -50,11 +51,12 @@ def read_json(path: pathlib.Path, fields: Sequence[str] = ()) -> Record:
 
 
 def write_csv(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
-    """Writes rows of the same columns."""
-    with open(path, 'w', newline='', encoding='utf-8') as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    """Writes rows of the same columns with `replace_file`."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    replace_file(path, text.getvalue().encode())
 
 
 def read_metrics(file: pathlib.Path) -> list[Record]:

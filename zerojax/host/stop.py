@@ -35,7 +35,7 @@ def _exit_at_once(number: int, _: FrameType | None) -> None:
 def raise_on_signals() -> None:
     """Lets SIGTERM and SIGINT raise SystemExit(128 + their number).
 
-    For a process that only waits for others: `subprocess.run` ends what it waits for.
+    For a process that waits for others, which `subprocess.run` then ends.
     """
 
     def leave(number: int, _: FrameType | None) -> None:

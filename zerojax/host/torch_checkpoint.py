@@ -36,11 +36,6 @@ def _torch(path: pathlib.Path) -> Any:
     return torch
 
 
-def read(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The arrays alone of what `load` reads."""
-    return load(path).arrays
-
-
 def load(path: pathlib.Path) -> Saved:
     """Reads a checkpoint with a 'state_dict', or a bare state dict.
 

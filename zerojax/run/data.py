@@ -32,7 +32,7 @@ class Split:
 
     def sha256(self) -> str:
         """Over the bytes of the images, then of the labels (little-endian int32)."""
-        digest = hashlib.sha256(np.ascontiguousarray(self.images).tobytes())
+        digest = hashlib.sha256(np.ascontiguousarray(self.images).data)
         digest.update(self.labels.astype('<i4').tobytes())
         return digest.hexdigest()
 
@@ -292,9 +292,21 @@ def _import_tensorflow(purpose: str) -> None:
 
 
 def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each channel, float32 [C], in the images' units (0 to 255)."""
-    pixels = images.reshape(-1, images.shape[-1])
-    return pixels.mean(0, np.float64).astype('f4'), pixels.std(0, np.float64).astype('f4')
+    """Mean and standard deviation of each channel, float32 [C], in the images' units (0 to 255).
+
+    Of sums in integers, so exact; over parts, as a set may leave no room for another of its size.
+    """
+    channels = images.shape[-1]
+    number = images.size // channels
+    sums, squares = np.zeros((2, channels), np.int64)
+    for part in np.array_split(images, -(-len(images) // 1024)):
+        pixels = part.reshape(-1, channels).astype(np.int64)
+        sums, squares = sums + pixels.sum(0), squares + (pixels**2).sum(0)
+    variances = [
+        (number * square - total**2) / number**2
+        for total, square in zip(sums.tolist(), squares.tolist(), strict=True)
+    ]
+    return (sums / number).astype('f4'), np.sqrt(variances).astype('f4')
 
 
 def normalization(config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from zerojax import config as config_lib
 from zerojax.host import records
 from zerojax.host.checkpoint import checkpoint_steps
-from zerojax.host.errors import RunError, UsageError
+from zerojax.host.errors import DamagedCheckpoint, RunError, UsageError
 from zerojax.host.progress import Progress
 from zerojax.host.workdir import InUse
 from zerojax.run.building import scalars_of, structure
@@ -201,7 +201,7 @@ def train_together(
     """`train_each` as one batched program, as long as none has a damaged checkpoint."""
     try:
         return train_runs(jobs, programs, progress, batched=True)
-    except RunError:  # it is that of one run; each for itself they find out whose
+    except DamagedCheckpoint:  # each for itself they find out whose
         if jax.process_count() > 1:  # all of whose devices no run by itself has use for
             raise
         return train_each(jobs, programs, progress)

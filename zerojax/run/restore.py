@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from zerojax import config as config_lib
 from zerojax.host import distributed, manifest
 from zerojax.host.checkpoint import OtherState
-from zerojax.host.errors import RunError, UsageError
+from zerojax.host.errors import DamagedCheckpoint, UsageError
 from zerojax.host.progress import Progress
 from zerojax.host.records import Record
 from zerojax.host.workdir import Workdir
@@ -72,8 +72,8 @@ def restore(
     Raises:
         UsageError: the checkpoints hold states of another structure, one was renamed, or the
             metrics are not those that they presume.
-        RunError: there is no such step.
-        In all of these nothing is moved or removed.
+        DamagedCheckpoint: there is no such step.
+        In all of these nothing is moved or removed, but what `Checkpoints` had moved before.
     """
     states = [
         its_state
@@ -84,7 +84,7 @@ def restore(
     for run in runs:
         for moved, folder in run.checkpoints.moved.items():
             progress.say(f'checkpoint {moved} is damaged (its metadata); moved to {folder}')
-    damaged: dict[tuple[Recorder, int], RunError] = {}
+    damaged: dict[tuple[Recorder, int], DamagedCheckpoint] = {}
     steps = [set(run.checkpoints.steps) or {0} for run in runs]
     for step in sorted(set.intersection(*steps), reverse=True):
         restored = []
@@ -94,7 +94,7 @@ def restore(
                 restored.append(
                     (its_state, {}) if new else run.checkpoints.restore(step, like=its_state)
                 )
-            except RunError as reason:
+            except DamagedCheckpoint as reason:
                 damaged[run, step] = reason
         if not distributed.largest(len(restored) < len(runs)):
             break
@@ -107,7 +107,9 @@ def restore(
         reasons = '; '.join(map(str, damaged.values())) or 'no step is common to all runs'
         of_these = {run for run, _ in damaged} or runs
         folders = ', '.join(str(run.workdir / 'checkpoints') for run in runs if run in of_these)
-        raise RunError(f'{reasons}; none is left to resume from: move {folders} away to begin anew')
+        raise DamagedCheckpoint(
+            f'{reasons}; none is left to resume from: move {folders} away to begin anew'
+        )
     for run, (_, saved) in zip(runs, restored, strict=True):
         run.resume(step, saved)
     for (run, bad_step), error in damaged.items():

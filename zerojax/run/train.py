@@ -119,7 +119,11 @@ def train_runs(
         results = recorders.finish(state)
         if alone:
             recorders.say_outcome()
-    distributed.wait_for_all()  # the first alone draws and closes its files
+    # All wait for the first, which alone draws and closes its files. A signal that came when all
+    # steps were done concerns the runs after these.
+    stopping = distributed.largest(stop.signal or 0)
+    if stopping and not alone:
+        raise Stopped(stopping, 'between two runs')
     return results
 
 
@@ -197,6 +201,7 @@ def _loop(
         recorders.wait()
         if not recorders.all_failed():
             raise Stopped(stopping, f'at step {step}')
+    progress.skip((config.num_steps - step) * recorders.number)  # of runs that failed
     return state
 
 
