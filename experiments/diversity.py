@@ -149,7 +149,8 @@ def run(experiment: runs.Experiment) -> None:
     unique = parse_unique(experiment.flags['unique'])
     scales = parse_scales(experiment.flags['scales'], experiment.config)
     check_predictable(runs.changed(experiment.config, **{'perturbation.kind': 'gaussian'}))
-    laboratory = Laboratory(experiment.config, experiment.workdir / 'accuracies')
+    config = runs.changed(experiment.config, **{'determinism.mode': 'deterministic'})
+    laboratory = Laboratory(config, experiment.workdir / 'accuracies')
     largest = max(feature_counts(laboratory.initial_state(0).params, laboratory.axes).values())
     if unique[-1] > largest:
         raise UsageError(

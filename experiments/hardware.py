@@ -24,6 +24,7 @@ from zerojax.host import manifest, records
 from zerojax.host.terminal import say
 from zerojax.measure import step_audit
 from zerojax.perturb import NONE, Perturbation
+from zerojax.step.precision import numbers_of
 
 ROUNDING = 2.0**-24
 REPEATS = 10
@@ -43,9 +44,10 @@ def noise_floor(experiment: runs.Experiment) -> tuple[float, list[str]]:
         if found['config'] == fields and all(found[name] == here[name] for name in here):
             return found['floor'], found['verdict']
     config = runs.changed(experiment.config, **{'determinism.mode': 'hardware'})
-    program = audit.prepare_step(config)
-    compiled = audit.compile_step(program)
-    verdict = step_audit.audit_compiled(compiled, program.feature_axes, REPEATS, program.orbits)
+    with numbers_of(config.param_dtype):
+        program = audit.prepare_step(config)
+        compiled = audit.compile_step(program)
+        verdict = step_audit.audit_compiled(compiled, program.feature_axes, REPEATS, program.orbits)
     floor = max(
         spread.relative
         for name, spread in verdict.noise[step_audit.ONE_EXECUTABLE].items()

@@ -126,10 +126,11 @@ def steps_on_kinks(counted: list[dict[str, list[int]]]) -> int:
 
 def measure(experiment: runs.Experiment, shortcut: str) -> dict[str, Any]:
     """All runs and predictions of one place of the shortcut."""
-    config = runs.changed(experiment.config, **{'model.shortcut': shortcut})
+    # In this mode also what is predicted, and a process of a GPU has but one.
+    deterministic = {'determinism.mode': 'deterministic'}
+    config = runs.changed(experiment.config, **deterministic, **{'model.shortcut': shortcut})
     laboratory = Prediction(config, experiment.workdir / 'runs' / shortcut)
-    found: dict[str, Any] = {'measured': {}, 'linear': [], 'one_sided': []}
-    found |= {'reduced': [], 'kinks': []}
+    found: dict[str, Any] = {'linear': [], 'reduced': [], 'one_sided': [], 'kinks': []}
     for seed in range(experiment.seeds):
         say(f'-- {experiment.name}: {shortcut}, prediction, seed {seed}')
         found['linear'].append(laboratory.linear(seed))
@@ -140,10 +141,9 @@ def measure(experiment: runs.Experiment, shortcut: str) -> dict[str, Any]:
         exact = [kinked, *(n for n in EXACT_STEPS if n > kinked)] if kinked else []
         found['one_sided'].append({n: laboratory.one_sided(seed, n) for n in exact})
     found['symmetric'] = laboratory.run(NONE, seed=0)
-    measured = laboratory.run_arms(
+    found['measured'] = laboratory.run_arms(
         {scale: Perturbation('gaussian', scale) for scale in SCALES}, experiment.seeds
     )
-    found['measured'] = measured
     found['num_steps'] = laboratory.config.num_steps
     return found
 
@@ -152,10 +152,7 @@ def rows_of(shortcut: str, found: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for scale, its_runs in found['measured'].items():
         one_sided = [
-            '/'.join(
-                listed_steps([stability.predict_onset(log - math.log(TINY), TINY)])
-                for log in by_steps.values()
-            )
+            '/'.join(listed_steps([stability.predict_onset(log)]) for log in by_steps.values())
             for by_steps in found['one_sided']
         ]
         rows.append(
@@ -224,7 +221,7 @@ def draw_onsets(axes: Any, found: dict[str, Any]) -> None:
         begins = [np.nan if x is None else x for x in reduced.values()]
         axes.plot(list(reduced), begins, ':', color=color, lw=2)
         for log in list(found['one_sided'][seed].values())[-1:]:
-            onset = stability.predict_onset(log - math.log(TINY), TINY)
+            onset = stability.predict_onset(log)
             axes.plot(fine, [np.nan if onset is None else onset] * len(fine), '-.', color=color)
     axes.axhline(num_steps, color='0.5', lw=0.8)
     axes.set(

@@ -288,7 +288,8 @@ def short(config: ConfigDict, folder: pathlib.Path) -> ConfigDict:
     noise = {'perturbation.kind': 'gaussian', 'perturbation.scale': SCALE}
     check_predictable(runs.changed(config, **noise))
     num_steps = min(Laboratory(config, folder).config.num_steps, MAX_STEPS)
-    return runs.changed(config, num_steps=num_steps, num_epochs=None, **{'optimizer.drop_at': ()})
+    fields = {'optimizer.drop_at': (), 'determinism.mode': 'deterministic'}  # as what is predicted
+    return runs.changed(config, num_steps=num_steps, num_epochs=None, **fields)
 
 
 Case = tuple[Point, Run | None]  # of a seed

@@ -3,7 +3,7 @@
     python -m experiments.sources
 
 All layers together at several scales of each kind; then a single weight, and noise on the weights,
-of one parameter at a time; both places of the shortcut. 172 runs of 300 steps, 15 minutes on two
+of one parameter at a time; both places of the shortcut. 154 runs of 300 steps, 15 minutes on two
 CPU cores with one seed. See `experiments.runs` for flags and restarts.
 """
 

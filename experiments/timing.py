@@ -2,9 +2,9 @@
 
     python -m experiments.timing
 
-scale · N(0, 1), 1e-6 unless the config says otherwise, is added to all weights once; both places of
-the shortcut; 1300 steps and 3 seeds, in ten minutes on two CPU cores. See `experiments.runs` for
-flags and restarts, `experiments.trajectories` for the runs.
+scale · N(0, 1), 1e-6 unless --config.perturbation.scale says otherwise, is added to all weights
+once; both places of the shortcut; 1300 steps and 3 seeds, in ten minutes on two CPU cores. See
+`experiments.runs` for flags and restarts, `experiments.trajectories` for the runs.
 """
 
 import statistics
@@ -48,6 +48,8 @@ def draw(experiment: runs.Experiment, found: dict[str, dict[int | None, list[Tra
 
 def run(experiment: runs.Experiment) -> None:
     scale = experiment.config.perturbation.scale
+    if scale <= 0:
+        raise UsageError(f'perturbation.scale={scale}: must be above 0')
     found: dict[str, dict[int | None, list[Trajectory]]] = {}
     rows = []
     for shortcut in SHORTCUTS:

@@ -153,10 +153,28 @@ def test_a_missing_or_misshapen_array_is_named(golden):
         interop.from_reference(without, create(golden))
     with pytest.raises(ValueError, match=r'(conv_res\.weight: missing|16 features where .* 32)'):
         interop.from_reference(arrays, create(golden, width=2))
-    with pytest.raises(ValueError, match=r'fc\.bias: 10 classes'):
+    with pytest.raises(ValueError, match=r'fc\.(bias|weight): 10 classes'):
         interop.from_reference(arrays, create(golden, num_classes=5))
     with pytest.raises(ValueError, match=r'^MLP: not a network of'):
         interop.from_reference(arrays, models.create('mlp'))
+
+
+@pytest.mark.parametrize(
+    'name,shape,message',
+    [
+        ('conv1.weight', (16, 1, 5, 5), '5 taps a side where the model has 3'),
+        ('block1.layer.0.conv.weight', (16, 16, 3, 1), '1 taps a side where the model has 3'),
+        ('block2.layer.0.conv_res.weight', (32, 16, 3, 3), '3 taps a side where the model has 1'),
+        ('fc.weight', (7, 64), '7 classes where the model has 10'),
+    ],
+)
+def test_sizes_that_are_no_features_are_checked_too(golden, name, shape, message):
+    arrays = part(golden, 'init/')
+    if name not in arrays:
+        pytest.skip('LeakyNet has no shortcut')
+    arrays[name] = np.zeros(shape)
+    with pytest.raises(ValueError, match=f'^{name}: {message}'):
+        interop.from_reference(arrays, create(golden))
 
 
 def test_the_references_own_arrays_are_unused_where_it_does_not_use_them(golden):

@@ -153,6 +153,37 @@ def test_a_sweep_that_is_stopped_goes_on_to_the_same_weights(
         assert (workdir / 'metrics.jsonl').read_bytes() == metrics
 
 
+def test_a_signal_in_the_last_moments_of_a_run_stops_the_sweep_behind_it(
+    toy_config, tmp_path, monkeypatch
+):
+    jobs = variants(toy_config, tmp_path, seed=[0, 1])
+    finish = recorder.Recorders.finish
+
+    def interrupted(self, state):
+        signal.raise_signal(signal.SIGTERM)
+        return finish(self, state)
+
+    monkeypatch.setattr(recorder.Recorders, 'finish', interrupted)
+    with pytest.raises(stop.Stopped, match='SIGTERM: stopped and saved between two runs; the same'):
+        sweep.sweep(jobs)
+    assert (tmp_path / '0' / 'summary.json').exists()
+    assert not (tmp_path / '1').exists()
+
+
+def test_a_batch_that_cannot_be_saved_has_failed_and_is_not_trained_one_by_one(
+    toy_config, tmp_path, monkeypatch
+):
+    def full(*_, **__):
+        raise RunError('a checkpoint could not be saved')
+
+    monkeypatch.setattr(many, 'train_runs', full)
+    monkeypatch.setattr(many, 'train', None)
+    with pytest.raises(
+        RunError, match=r'^2 of 2 runs failed: 0: a checkpoint could not be saved; '
+    ):
+        sweep.sweep(variants(toy_config, tmp_path, seed=[0, 1]), 2)
+
+
 @pytest.mark.parametrize('at_once', [1, 3])
 def test_a_run_that_fails_does_not_take_the_others_with_it(toy_config, tmp_path, at_once):
     rates = [0.03, 1e30, 0.1]
@@ -234,6 +265,20 @@ def test_the_table_has_the_finished_runs_when_others_fail(tmp_path, capsys):
     assert 'sweep.csv: 1 of 2 runs' in capsys.readouterr().out
     with open(tmp_path / 'sweep.csv') as file:
         assert [row['run'] for row in csv.DictReader(file)] == ['optimizer.learning_rate=0.1']
+
+
+def test_a_sweep_that_is_refused_leaves_the_table_of_another(tmp_path, capsys):
+    flags = [
+        '--config=configs/digits.py', '--config.num_steps=4', '--config.model.name=mlp',
+        '--config.model.convolution=direct', f'--workdir={tmp_path}',
+    ]  # fmt: skip
+    with jax.numpy_dtype_promotion('standard'):
+        assert sweep.main(['sweep', *flags, '--grid.seed=0,1']) == 0
+        table = (tmp_path / 'sweep.csv').read_bytes()
+        capsys.readouterr()
+        assert sweep.main(['sweep', *flags, '--seeds=2']) == 2, 'perturbation.seed differs'
+    assert 'runs' not in capsys.readouterr().out
+    assert (tmp_path / 'sweep.csv').read_bytes() == table
 
 
 def test_batches_are_as_large_as_asked_for_and_have_a_step_in_common(tmp_path):

@@ -78,7 +78,7 @@ def default_config() -> ConfigDict:
     config.model.sigma_w = config_dict.placeholder(float)  # noise of constnet's initial weights
     config.model.negative_slope = 0.01  # of leakynet's leaky ReLU
     config.model.unique_features = config_dict.placeholder(int)  # of mlp at the start; None: all
-    config.model.dropout = 0.0  # rate after each block convolution
+    config.model.dropout = 0.0  # rate in each block
     config.model.dropout_at = 'blocks'  # or 'stem': behind constnet's stem only
     config.model.shortcut = 'post_relu'  # as the paper's code; or 'pre_relu'
     config.model.convolution = 'auto'  # what is fast here; or 'direct', 'patches', 'mixed'
@@ -375,6 +375,8 @@ def read(file: pathlib.Path) -> ConfigDict:
         raise UsageError(f'{file}: cannot be read: {error}') from error
     # JSON has no tuples.
     fields = {path: tuple(x) if isinstance(x, list) else x for path, x in fields.items()}
+    if fields.get(('num_steps',)) is not None:
+        fields['num_epochs',] = None  # an earlier version left beside what it had made of them
     config = ConfigDict(unflatten_dict(fields))
     ours = flatten_dict(default_config().to_dict())
     differing = sorted('.'.join(path) for path in fields.keys() ^ ours.keys())

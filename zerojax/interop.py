@@ -60,7 +60,7 @@ def from_reference(arrays: Mapping[str, Any], model: Network) -> dict[str, Any]:
         if array.ndim != len(axes):
             raise ValueError(f'{name}: has shape {array.shape}, must have {len(axes)} axes')
         variables[path] = jnp.asarray(_to_flax(array))
-    _check_widths(variables, model)
+    _check_sizes(variables, model)
     return {'batch_stats': {}} | unflatten_dict(variables)
 
 
@@ -119,19 +119,25 @@ def _to_torch(array: np.ndarray) -> np.ndarray:
     return array.transpose({4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[array.ndim])
 
 
-def _check_widths(variables: dict[tuple[str, ...], Any], model: ConstNet | LeakyNet) -> None:
-    """Axes of one name must have one size, and each block the model's number of features."""
-    sizes = {'stem': 16} | {block.name: block.features for block in model.blocks()}
+def _check_sizes(variables: dict[tuple[str, ...], Any], model: ConstNet | LeakyNet) -> None:
+    """Every axis must have the model's size, but that of the images' channels, which is in none."""
+    features = {'stem': 16} | {block.name: block.features for block in model.blocks()}
+    others = {
+        'head': ('classes', model.num_classes), 'shift': ('numbers', 1),
+        'shortcut': ('taps a side', 1),
+    }  # fmt: skip
     for path, axes in flatten_dict(model.feature_axes()).items():
         for axis, name in enumerate(axes):
-            size = variables[path].shape[axis]
-            if name is not None and size != sizes[name]:
+            if (path[-2], axis) == ('stem', 2):
+                continue
+            what, size = others.get(path[-2], ('taps a side', 3))
+            if name is not None:
+                what, size = 'features', features[name]
+            there = variables[path].shape[axis]
+            if there != size:
                 raise ValueError(
-                    f'{_reference_name(path)}: {size} features where the model has {sizes[name]}'
+                    f'{_reference_name(path)}: {there} {what} where the model has {size}'
                 )
-    classes = variables['params', 'head', 'bias'].shape[0]
-    if classes != model.num_classes:
-        raise ValueError(f'fc.bias: {classes} classes where the model has {model.num_classes}')
 
 
 def unused_in_reference(model: Network) -> dict[str, np.ndarray]:

@@ -152,6 +152,7 @@ def measure(row: Row, repetitions: int) -> dict[str, Any]:
     def measurements() -> None:
         program.measure_layers(step.state)
         jax.block_until_ready(program.measure_asymmetry(step.state.params))
+        jax.block_until_ready(program.measure_distance(step.state.params))
         program.measure_params(step.state.params)
 
     evaluation = time_alone(repeat(evaluate), repetitions, SECONDS)

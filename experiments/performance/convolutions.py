@@ -68,7 +68,9 @@ def convolve_taps(x_BxHxWxC: jax.Array, kernel: jax.Array, stride: int) -> jax.A
     x = jnp.pad(x_BxHxWxC, ((0, 0), (1, 1), (1, 1), (0, 0)))
     span = stride * (side - 1) + 1
     products = [
-        x[:, i : i + span : stride, j : j + span : stride] @ kernel[i, j]
+        jnp.matmul(
+            x[:, i : i + span : stride, j : j + span : stride], kernel[i, j], precision='highest'
+        )
         for i in range(3)
         for j in range(3)
     ]
@@ -82,7 +84,7 @@ def outer_weight_gradient(x_BxHxWxC: jax.Array, grad_BxHxWxN: jax.Array) -> jax.
     grad = jnp.pad(grad_BxHxWxN, ((0, 0), (1, 1), (0, 0), (0, 0)))
     along_rows = jnp.concatenate([x[:, :, j : j + side] for j in range(3)], axis=-1)
     along_columns = jnp.concatenate([grad[:, 2 - i : 2 - i + side] for i in range(3)], axis=-1)
-    product = jnp.einsum('bhwp,bhwq->pq', along_rows, along_columns)
+    product = jnp.einsum('bhwp,bhwq->pq', along_rows, along_columns, precision='highest')
     return product.reshape(3, channels, 3, features).transpose(2, 0, 1, 3)
 
 
@@ -138,6 +140,7 @@ def measure_torch(shape: tuple[int, int, int, int], batch: int, which: str) -> f
     import torch
 
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    torch.backends.cudnn.allow_tf32 = False
     x, kernel, grad = (torch.from_numpy(each).to(device) for each in inputs(shape, batch))
     x, grad = x.permute(0, 3, 1, 2), grad.permute(0, 3, 1, 2)  # channels_last, as they are stored
     kernel = kernel.permute(3, 2, 0, 1).contiguous(memory_format=torch.channels_last)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import gc
 import json
+import os
 import pathlib
 import shutil
 
@@ -378,6 +379,7 @@ def change_json(file, **fields):
 def damaged_runs(runs, tmp_path_factory):
     """A folder of runs, each with something wrong; to be read only."""
     root = tmp_path_factory.mktemp('damaged')
+    os.mkfifo(root / 'pipe')  # or another device, which a file must not replace
     for name in ('good', 'otherdata', 'changed', 'damaged', 'unfinished', 'old', 'facts', 'broken'):
         shutil.copytree(runs['late'], root / name)
     facts = json.loads((root / 'good/manifest.json').read_text())['dataset']
@@ -413,6 +415,7 @@ def damaged_runs(runs, tmp_path_factory):
         (['changed', 'good'], 2, "dataset.train_split='train' of digits holds other examples now"),
         (['good', 'good', '--output=no/x.json'], 2, '--output=no/x.json: must be a file in'),
         (['good', 'good', '--output=good'], 2, '--output=good: must be a file in'),
+        (['good', 'old', '--output=pipe'], 2, '--output=pipe: must be a file in'),
         (['good', 'broken'], 1, 'broken/checkpoints/12 is damaged'),
     ],
 )
@@ -434,6 +437,25 @@ def test_another_training_set_is_said(runs, tmp_path, capsys):
     assert status == 0
     assert 'training data  not the same' in out
     assert 'not of one network and training set' in out
+
+
+def test_the_file_behind_a_link_is_written_and_the_link_stays(runs, tmp_path, capsys):
+    (tmp_path / 'link').symlink_to(tmp_path / 'file.json')
+    status, _, err = command(capsys, *list(runs.values())[:2], f'--output={tmp_path}/link')
+    assert (status, err) == (0, '')
+    assert (tmp_path / 'link').is_symlink() and json.loads((tmp_path / 'file.json').read_text())
+
+
+def test_of_one_example_the_variance_on_its_distribution_is_unknown(runs):
+    saved = [saved_runs.read_run(runs[name]) for name in ('none', 'late')]
+    dataset = data.load('digits', None, 'train', 'test')
+    one = data.Split(dataset.eval.images[:1], dataset.eval.labels[:1])
+    dataset = dataclasses.replace(dataset, eval=one)
+    predictions = [saved_runs.predict(run, dataset) for run in saved]
+    found = several.describe_ensemble(saved, predictions, dataset)
+    assert found['variance_on_distribution'] is None
+    assert found['variance_on_test_set'] is not None
+    assert 'unknown on their distribution' in dict(report._ensemble_rows(found))['variance']
 
 
 def test_help(capsys):

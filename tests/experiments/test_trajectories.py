@@ -133,6 +133,11 @@ def test_finished_runs_are_not_run_again_and_never_taken_for_others(toy_config, 
         Laboratory(config, tmp_path).run(NONE)
 
 
+def test_a_config_may_be_of_epochs(config, fake, tmp_path):
+    config.num_steps, config.num_epochs = None, 1
+    Laboratory(config, tmp_path).run(NONE)  # which checks it
+
+
 def test_runs_aimed_at_streams_have_folders_of_their_own(config, fake, tmp_path):
     laboratory = Laboratory(config, tmp_path)
     aims = [(), ('stem',), ('stem', 'block2_0')]
@@ -199,6 +204,9 @@ def test_timing(experiment, fake, monkeypatch):
     assert [row['steps until asymmetry 0.1'] for row in rows] == ['4, 4', '3, 3', '-'] * 2
     monkeypatch.setattr(timing, 'STEPS', (0, STEPS))
     with pytest.raises(UsageError, match=f'^num_steps={STEPS}: must be above {STEPS}, the last'):
+        timing.run(experiment)
+    experiment.config.perturbation.scale = 0.0
+    with pytest.raises(UsageError, match=r'^perturbation\.scale=0\.0: must be above 0'):
         timing.run(experiment)
 
 

@@ -6,6 +6,7 @@ import shutil
 import jax
 import pytest
 
+from zerojax import config
 from zerojax.host.errors import UsageError
 from zerojax.run.program import Programs
 from zerojax.run.train import train
@@ -112,6 +113,21 @@ def test_where_data_lie_is_no_matter_and_what_they_are_is(toy_config, stopped, p
     fields['starts'][0]['dataset']['train_sha256'] = 'other'
     (workdir / 'manifest.json').write_text(json.dumps(fields))
     refused(toy_config, workdir, programs, 'started on other data')
+
+
+def test_a_run_of_epochs_is_kept_as_one_of_steps(toy_config, tmp_path, programs):
+    toy_config.num_steps, toy_config.num_epochs = None, 1
+    summary = train(toy_config, tmp_path, programs)
+    file = tmp_path / 'config.json'
+    kept = config.read(file)  # which checks it
+    assert (kept.num_steps, kept.num_epochs) == (summary['step'], None)
+    # As version 0.1 left it.
+    file.write_text(json.dumps(json.loads(file.read_text()) | {'num_epochs': 1}))
+    assert config.read(file) == kept
+    again = train(toy_config, tmp_path, programs)
+    assert again['params_sha256'] == summary['params_sha256']
+    toy_config.num_epochs = 2
+    refused(toy_config, tmp_path, programs, 'num_steps is 11 there and 22 here')
 
 
 @pytest.mark.parametrize('spelling', ['{}/', '{}/../dense', '{}/./'])

@@ -385,6 +385,23 @@ def test_a_lottery_ticket_is_pruned_rewound_and_stays_pruned(tiny_config, tmp_pa
         ),
         (
             {
+                'perturbation.kind': 'gradient',
+                'perturbation.layers': 'head',
+                'optimizer.freeze': 'head',
+            },
+            r"optimizer\.freeze='head': freezes all that perturbation\.layers='head' chooses",
+        ),
+        (
+            {
+                'perturbation.kind': 'order',
+                'perturbation.scale': 0.0,
+                'perturbation.layers': 'stem',
+                'optimizer.freeze': 'stem',
+            },
+            r"optimizer\.freeze='stem': freezes all that perturbation\.layers='stem' chooses",
+        ),
+        (
+            {
                 'perturbation.kind': 'ulp',
                 'perturbation.scale': 0.0,
                 'perturbation.layers': 'stem|.*conv',

@@ -50,9 +50,10 @@ def lock(path: pathlib.Path) -> filelock.FileLock:
 def _content(field: str, value: Any) -> Any:
     """What of a field's value makes runs different ones.
 
-    Where data lie does not: the manifest has their hash. Nor does how a path is spelled.
+    Where data lie does not: the manifest has their hash. Nor does how a path is spelled, or of how
+    many epochs the steps are.
     """
-    if field == 'dataset.data_dir':
+    if field in ('dataset.data_dir', 'num_epochs'):
         return None
     return os.path.realpath(value) if field == 'pruning.source' and value else value
 

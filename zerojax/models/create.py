@@ -55,8 +55,9 @@ def create(
             for the stem and for each block, see `initializers.lettered`, underscores ignored; of
             'mlp' 'random' or 'averaging'; of 'wideresnet' 'he' or 'fixup'. The head starts at 0.
         dropout: rate of dropout, in [0, 1).
-        dropout_at: 'blocks' (on each block convolution's output) or 'stem' (on the stem's output
-            only; 'constnet').
+        dropout_at: 'blocks' (of 'constnet' on each block convolution's output, of 'leakynet' behind
+            each leaky ReLU, of 'wideresnet' before the second convolution of each block) or 'stem'
+            (on the stem's output only; 'constnet').
         shortcut: what the 1x1 shortcut of 'constnet' reads, 'post_relu' (the paper's code) or
             'pre_relu'; see `ConstNetBlock`.
         sigma_w: noise of 'constnet', from 0 to 1e6: with init 'averaging' the block convolutions

@@ -66,6 +66,7 @@ def resolve(config: ConfigDict, dataset: Dataset) -> ConfigDict:
     resolved = ConfigDict(config.to_dict())
     if resolved.num_steps is None:
         resolved.num_steps = config.num_epochs * steps_per_epoch(config, num_examples)
+        resolved.num_epochs = None
         if resolved.num_steps > config_lib.INT32:
             raise UsageError(
                 f'num_epochs={config.num_epochs}: are {resolved.num_steps} steps; must be at most '
@@ -190,7 +191,8 @@ def check_layers(config: ConfigDict, params: Tree, feature_axes: Tree) -> None:
                 f'chooses puts out features of these, but of {", ".join(map(str, there))}; choose '
                 'others in one of the two'
             )
-    if config.perturbation.kind == 'order' and not order.ordered_kernels(params, layers):
+    reordered = order.ordered_kernels(params, layers)
+    if config.perturbation.kind == 'order' and not reordered:
         raise UsageError(
             f'perturbation.layers={layers!r}: matches no kernel; '
             f'they are {", ".join(order.ordered_kernels(params, ".*"))}'
@@ -201,8 +203,7 @@ def check_layers(config: ConfigDict, params: Tree, feature_axes: Tree) -> None:
                 f'{field}={pattern!r}: matches no parameter; '
                 f'they are {", ".join(perturb.chosen(params, ".*"))}'
             )
-    perturbs_weights = config.perturbation.kind in perturb.WEIGHT_KINDS
-    perturbs_params = perturbs_weights or config.perturbation.kind == 'gradient'
+    perturbs_params = config.perturbation.kind in (*perturb.WEIGHT_KINDS, 'gradient')
     if perturbs_params and not perturb.chosen_but(params, layers, '', streams, feature_axes):
         indexed = perturb.chosen_but(params, '.*', '', streams, feature_axes)
         raise UsageError(
@@ -210,7 +211,12 @@ def check_layers(config: ConfigDict, params: Tree, feature_axes: Tree) -> None:
             f'chooses, but {", ".join(indexed)}; choose others in one of the two'
         )
     frozen = config.optimizer.freeze
-    if perturbs_weights and not perturb.chosen_but(params, layers, frozen, streams, feature_axes):
+    left = None
+    if perturbs_params:
+        left = perturb.chosen_but(params, layers, frozen, streams, feature_axes)
+    elif config.perturbation.kind == 'order' and frozen:
+        left = [path for path in reordered if not re.match(frozen, path)]
+    if left == []:
         aim = f' and perturbation.streams={streams!r} choose' if streams else ' chooses'
         raise UsageError(
             f'optimizer.freeze={frozen!r}: freezes all that perturbation.layers={layers!r}{aim}, '

@@ -201,10 +201,12 @@ def train_together(
     """`train_each` as one batched program, as long as none has a damaged checkpoint."""
     try:
         return train_runs(jobs, programs, progress, batched=True)
-    except DamagedCheckpoint:  # each for itself they find out whose
+    except RunError as error:
         if jax.process_count() > 1:  # all of whose devices no run by itself has use for
             raise
-        return train_each(jobs, programs, progress)
+        if isinstance(error, DamagedCheckpoint):  # each for itself they find out whose
+            return train_each(jobs, programs, progress)
+        return [error for _ in jobs]
 
 
 def finished(resolved: ConfigDict, workdir: pathlib.Path) -> records.Record | None:

@@ -29,6 +29,7 @@ def cross_entropy(logits_BxN: jax.Array, labels: jax.Array) -> jax.Array:
 
 def accuracy(logits_BxN: jax.Array, labels: jax.Array) -> jax.Array:
     """Mean probability that the labels (as in `cross_entropy`) give the predicted class, []."""
+    logits_BxN = logits_BxN.astype(at_least_float32(logits_BxN.dtype))
     predicted_BxN = jax.nn.one_hot(jnp.argmax(logits_BxN, axis=-1), logits_BxN.shape[-1])
     predicted_BxN = predicted_BxN.astype(logits_BxN.dtype)
     return jnp.mean(jnp.sum(predicted_BxN * _probabilities(labels, logits_BxN), axis=-1))

@@ -14,6 +14,7 @@ from zerojax.step.determinism import jit_in_mode
 from zerojax.step.loss import accuracy, cross_entropy
 from zerojax.step.model import Model
 from zerojax.step.order import reordered_sums
+from zerojax.step.precision import at_least_float32
 from zerojax.step.state import TrainState
 
 Tree = Any
@@ -108,7 +109,9 @@ def train_step_function(
         metrics = {
             'loss': loss,
             'accuracy': accuracy(logits_BxN, batch['label']),
-            'grad_norm': optax.tree.norm(grads),
+            'grad_norm': optax.tree.norm(
+                jax.tree.map(lambda x: x.astype(at_least_float32(x.dtype)), grads)
+            ),
         }
         finite = _all_finite((metrics, params, batch_stats, opt_state))
         new_state = TrainState(
