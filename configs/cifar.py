@@ -12,9 +12,8 @@ The same pipeline for two CPU cores and two minutes: ConstNet-10-1, 5,000 images
 
     python -m zerojax.main --config=configs/cifar.py:cpu
 
-All images and the paper's augmentation on two CPU cores, in 47 minutes by the time of a step in
-docs/performance.md (a whole run was not timed): ConstNet-16-1, 24 epochs, a
-perturbation of 1e-6.
+All images and the paper's augmentation on two CPU cores, in about an hour (docs/findings.md, 15):
+ConstNet-16-1, 24 epochs, a perturbation of 1e-6.
 
 CIFAR-10 is read through TensorFlow Datasets, from --config.dataset.data_dir or TFDS's own place,
 and downloaded and prepared there if it is missing (pip install 'zerojax[prepare]').

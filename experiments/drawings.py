@@ -29,6 +29,7 @@ ARMS = {  # name of a table of curves: title of its figure
     'gpu_arms': f'{PAPERS}, TF32, one NVIDIA H200',
     'gpu_bfloat16_arms': f'{PAPERS}, bfloat16, one NVIDIA H100',
     'fashion_mnist_arms': 'ConstNet-10-1 on Fashion-MNIST',
+    'cifar_arms': 'ConstNet-16-1 on CIFAR-10 (JPEG-75 copy)',
 }
 STREAMS = ('stem', 'block1_0', 'block2_0', 'block3_0')
 
