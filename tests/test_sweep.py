@@ -17,6 +17,11 @@ from zerojax.host.errors import RunError, UsageError
 from zerojax.run import checks, many, program, recorder, train
 from zerojax.step import determinism
 
+TOY = [
+    '--config=configs/digits.py', '--config.num_steps=4', '--config.model.name=mlp',
+    '--config.model.convolution=direct',
+]  # fmt: skip
+
 
 def variants(config, root, **fields):
     """A job for each value of the fields, which go together; named 0, 1, 2, ..."""
@@ -255,11 +260,7 @@ def test_one_damaged_run_does_not_take_its_batch_with_it(toy_config, tmp_path):
 
 
 def test_the_table_has_the_finished_runs_when_others_fail(tmp_path, capsys):
-    flags = [
-        '--config=configs/digits.py', '--config.num_steps=4', '--config.model.name=mlp',
-        '--config.model.convolution=direct', f'--workdir={tmp_path}',
-        '--grid.optimizer.learning_rate=0.1,1e30',
-    ]  # fmt: skip
+    flags = [*TOY, f'--workdir={tmp_path}', '--grid.optimizer.learning_rate=0.1,1e30']
     with jax.numpy_dtype_promotion('standard'):
         assert sweep.main(['sweep', *flags]) == 1
     assert 'sweep.csv: 1 of 2 runs' in capsys.readouterr().out
@@ -268,10 +269,7 @@ def test_the_table_has_the_finished_runs_when_others_fail(tmp_path, capsys):
 
 
 def test_a_sweep_that_is_refused_leaves_the_table_of_another(tmp_path, capsys):
-    flags = [
-        '--config=configs/digits.py', '--config.num_steps=4', '--config.model.name=mlp',
-        '--config.model.convolution=direct', f'--workdir={tmp_path}',
-    ]  # fmt: skip
+    flags = [*TOY, f'--workdir={tmp_path}']
     with jax.numpy_dtype_promotion('standard'):
         assert sweep.main(['sweep', *flags, '--grid.seed=0,1']) == 0
         table = (tmp_path / 'sweep.csv').read_bytes()
@@ -316,10 +314,7 @@ def test_a_grid_varies_an_optional_field_from_none_on(tmp_path, field):
 
 
 def test_the_command_trains_a_grid_and_adds_to_it(tmp_path, capsys):
-    short = [
-        '--config=configs/digits.py', '--config.num_steps=4', '--config.model.name=mlp',
-        '--config.model.convolution=direct', f'--workdir={tmp_path}',
-    ]  # fmt: skip
+    short = [*TOY, f'--workdir={tmp_path}']
     with jax.numpy_dtype_promotion('standard'):
         flags = [*short, '--grid.perturbation.scale', '1e-6,1e-3']
         assert sweep.main(['sweep', *flags, '--seeds=1']) == 0

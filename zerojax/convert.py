@@ -70,6 +70,7 @@ def from_torch(file: pathlib.Path, argv: list[str]) -> None:
         )
         checkpoints.save(state, seconds=0.0)
         checkpoints.wait()
+        # Last, so that it never tells of weights that are not there.
         write_json(
             workdir / 'origin.json',
             {'file': file.name, 'sha256': saved.sha256, 'epoch': saved.epoch},

@@ -120,7 +120,7 @@ def _to_torch(array: np.ndarray) -> np.ndarray:
 
 
 def _check_sizes(variables: dict[tuple[str, ...], Any], model: ConstNet | LeakyNet) -> None:
-    """Every axis must have the model's size, but that of the images' channels, which is in none."""
+    """Every axis must have the model's size; the images' channels it does not know."""
     features = {'stem': 16} | {block.name: block.features for block in model.blocks()}
     others = {
         'head': ('classes', model.num_classes), 'shift': ('numbers', 1),
