@@ -94,6 +94,11 @@ def other():
     return own_model.Model(*parts(), make=lambda counts: apply)
 
 
+def thin():
+    params = {'w': np.ones((4, 1), np.float32), 'v': np.ones((1, 3), np.float32)}
+    return lambda p, x: jnp.tanh(x @ p['w']) @ p['v'], params, *parts()[2:]
+
+
 def raising():
     raise KeyError('a key')
 
@@ -138,6 +143,14 @@ def test_a_model_of_equinox_is_predicted_from_its_function(tmp_path, capsys, fun
     assert found['steps'] == 10 and found['operations']['full'] > 0
     assert found['operations']['reduced'] is None
     assert (tmp_path / 'p' / 'figures' / 'predict.png').read_bytes()[:4] == b'\x89PNG'
+
+
+def test_where_every_stream_has_one_feature_no_noise_is_an_asymmetry(tmp_path):
+    flags = ['--scales=1e-3', f'--workdir={tmp_path}/p']
+    assert predict.main(['predict', '--model=users_model:thin', *flags]) == 0
+    found = json.loads((tmp_path / 'p' / 'predict.json').read_text())
+    assert found['streams'] == {'w': {'features': 1, 'growth': None}}
+    assert found['rounding_scale'] == 0 and found['onsets'][-1]['linear'] is None
 
 
 def test_a_model_that_can_be_made_smaller_has_the_reduced_prediction_too(tmp_path, capsys):

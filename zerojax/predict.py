@@ -213,10 +213,11 @@ def rounding_scale(dtype: str, linear: Curves) -> float:
     """The scale of noise whose asymmetry at the start is one rounding of the run's arithmetic.
 
     What is smaller may be swallowed, whatever the linear law says of it, or blown up. `linear` is
-    per unit of scale.
+    per unit of scale. 0 where no stream has two features, so that no noise is an asymmetry.
     """
     roundoff = float(jnp.finfo(dtype).eps) / 2
-    return roundoff / math.exp(largest(linear)[0])
+    start = float(largest(linear)[0])
+    return roundoff * math.exp(-start) if start > -math.inf else 0.0
 
 
 def screen(found: records.Record) -> list[str]:

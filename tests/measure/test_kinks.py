@@ -82,6 +82,15 @@ def test_smooth_functions_have_none(function):
     assert set(counts(function, jnp.array([-1.0, 0.5, 1.0])).values()) <= {0}
 
 
+def test_a_reduction_by_any_function_is_not_looked_into():
+    """Its body is called with pairs of numbers, and not with the arrays."""
+    x = jnp.array([[0.0, 1.0], [0.0, 0.0]])
+    found = kinks.margins(
+        lambda x: jax.lax.reduce(nn.relu(x), 0.0, lambda a, b: jnp.maximum(a, b) + 1, (1,)), x
+    )
+    assert [margin.shape for margin in found.values()] == [(2, 2)]
+
+
 def test_layers_inside_a_scan_are_counted_over_all_iterations():
     x = jnp.array([[0.0, 1.0], [0.0, 0.0], [-1.0, 0.0]])
 

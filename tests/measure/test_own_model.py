@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 from zerojax import own_model, symmetry
+from zerojax.measure import prediction
 from zerojax.measure.stability import predict_onset
 
 STEPS = 40
@@ -174,7 +175,7 @@ def test_a_small_network_that_is_another_one_is_a_sentence():
         Normalised().apply, variables, optax.sgd(0.1), loss, batches(),
         make=lambda counts: Normalised(*counts.values()).apply,
     )  # fmt: skip
-    with pytest.raises(ValueError, match=r'make: the network with features .* something else'):
+    with pytest.raises(ValueError, match=r'make: the network .* something else .* but their last'):
         own_model.predict(model, steps=3, features=5)
     with pytest.raises(ValueError, match=r'make: what it gives for .* fails'):
         own_model.predict(linen(make=lambda counts: Net().apply), steps=3)
@@ -255,10 +256,18 @@ def test_a_stream_of_one_feature_stays_symmetric():
     assert predicted.onset(1e-6) is None
 
 
-@pytest.mark.parametrize('arguments', [{'scales': (0.0,)}, {'steps': 0}])
-def test_a_scale_or_a_number_of_steps_of_0_is_a_sentence(arguments):
-    with pytest.raises(ValueError, match=r'scales=\(.*\), steps=\d+: must be above 0, and at le'):
-        own_model.predict(linen(), **arguments)
+@pytest.mark.parametrize(
+    'arguments,message',
+    [
+        ({'scales': (0.0,)}, r'scales=\(0.0,\): must be above 0'),
+        ({'steps': 0}, 'steps=0: must be at least 1'),
+        ({'seeds': 0}, 'seeds=0: must be at least 1'),
+        ({'features': 3}, 'features=3: must be at least 4'),
+    ],
+)
+def test_a_number_that_is_too_small_is_a_sentence(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        own_model.predict(linen(make=make), **arguments)
 
 
 def test_an_optimizer_without_a_derivative_is_a_sentence():
@@ -271,7 +280,7 @@ def test_an_optimizer_without_a_derivative_is_a_sentence():
 def test_of_signs_nothing_is_predicted(tx):
     """Their derivative is 0, where a gradient of 0 that is moved becomes a whole step."""
     model = linen(tx, steps=2)
-    with pytest.raises(ValueError, match='tx: takes signs'):
+    with pytest.raises(ValueError, match='tx: takes signs of gradients'):
         own_model.predict(model)
     assert max(curve[1] for curve in own_model.measure(model, 1e-6).values()) > 1e-3
 
@@ -280,6 +289,87 @@ def test_of_signs_nothing_is_predicted(tx):
 def test_other_optimizers_take_none(name):
     model = linen(optax.chain(optax.clip_by_global_norm(1.0), getattr(optax, name)(1e-3)))
     own_model.check_predictable(model)
+
+
+def test_the_sign_of_a_second_moment_has_a_prediction():
+    """Yogi's, which is no sign of the gradient."""
+    model = linen(optax.yogi(1e-2, eps=1e-1))
+    predicted = own_model.predict(model, (1e-6,), 20).linear[1e-6]
+    measured = own_model.measure(model, 1e-6, 20)
+    for stream, curve in predicted.items():
+        np.testing.assert_allclose(np.log(measured[stream]), curve, atol=0.15)
+
+
+COUPLED = [
+    optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)), optax.lars(0.1), optax.lamb(1e-2),
+    optax.adafactor(1e-2), optax.contrib.muon(1e-2), optax.chain(optax.clip_by_block_rms(1.0)),
+    optax.MultiSteps(optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)), 4),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize('tx', COUPLED)
+def test_where_weights_are_updated_together_no_small_network_stands_for_a_large_one(tx):
+    with pytest.raises(ValueError, match='tx: what it does to a weight depends on others'):
+        own_model.predict(linen(tx, make=make), steps=3)
+
+
+@pytest.mark.parametrize(
+    'tx',
+    [
+        optax.sgd(0.1, 0.9, nesterov=True), optax.adamw(1e-2), optax.yogi(1e-2),
+        optax.rmsprop(1e-2),
+        optax.chain(optax.clip(1.0), optax.adam(optax.cosine_decay_schedule(1e-2, 10))),
+        optax.MultiSteps(optax.sgd(0.1), 4).gradient_transformation(),
+    ],
+)  # fmt: skip
+def test_where_each_weight_is_updated_by_itself_one_does(tx):
+    own_model.check_predictable(linen(tx, make=make))
+
+
+def test_a_run_that_is_lost_has_no_asymmetry():
+    """All weights NaN are equal, and say nothing of the features."""
+    for asymmetry in own_model.measure(linen(optax.sgd(np.nan)), 1e-6, steps=2).values():
+        assert asymmetry[0] > 0 and np.isnan(asymmetry[1:]).all()
+
+
+def recurrent(width=12, dtype=None):
+    """A scan whose carry has the dtype of the inputs, or a dtype whatever they are."""
+
+    def apply(params, x):
+        def advance(carry, column):
+            return jnp.tanh(carry @ params['w'] + column[:, None] * params['u']), None
+
+        start = jnp.zeros((len(x), width), dtype or x.dtype)
+        return jax.lax.scan(advance, start, x.T)[0] @ params['v']
+
+    return apply
+
+
+@pytest.mark.parametrize('dtype', [None, 'float32'])
+def test_a_small_network_is_tried_out_in_float64(dtype):
+    params = {'w': np.full((12, 12), 0.05), 'u': np.full(12, 0.3), 'v': np.full((12, 3), 0.1)}
+    model = own_model.Model(
+        recurrent(dtype=dtype), jax.tree.map(np.float32, params), optax.sgd(0.1), loss, batches(),
+        make=lambda counts: recurrent(*counts.values(), dtype=dtype),
+    )  # fmt: skip
+    if dtype is None:
+        own_model.check_predictable(model)
+    else:
+        with pytest.raises(
+            ValueError, match=r'apply: fails in float64 \(.*carry.*\), in which `ma'
+        ):
+            own_model.check_predictable(model)
+
+
+def test_each_draw_of_the_noise_has_its_own_passive_part():
+    """It is most of the asymmetry at first, and nothing of it is in a reduced network."""
+    model = linen(make=make)
+    found = own_model.predict(model, (1e-4,), 1, features=4, seeds=3).reduced[1e-4]
+    for seed, curves in enumerate(found):
+        noise = own_model._unit_noise(model, seed)
+        passive = prediction.passive_deviations(noise, model.axes)['params/first']
+        (size,) = passive.values()
+        assert np.exp(curves['params/first'][0]) == pytest.approx(1e-4 * size / 0.3, rel=1e-3)
 
 
 def test_the_readmes_example_runs_and_has_no_declaration(capsys):

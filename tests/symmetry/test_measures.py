@@ -320,3 +320,39 @@ def test_a_weight_that_is_not_finite_hides_no_asymmetry_of_another_layer():
         _, asymmetry = measured(trees.changed(noisy, 'bn', 'bias', 2, lambda _, x=value: x))
         assert asymmetry['head'] == expected['head'] > 0
         assert asymmetry['bn'] == np.inf
+
+
+MEASURES = [
+    symmetry.is_symmetric, symmetry.is_symmetric_by_stream, symmetry.asymmetry,
+    symmetry.asymmetry_by_stream, symmetry.distance, symmetry.distance_by_stream,
+    symmetry.transverse, symmetry.project,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize('measure', MEASURES)
+def test_float64_is_measured_as_it_is_or_not_at_all(measure):
+    """Features that differ by less than float32 can tell are not equal."""
+    tree, axes = {'layer': {'w': np.array([1.0, 1.0 + 1e-12])}}, {'layer': {'w': ('h',)}}
+    assert symmetry.unique_features(tree, axes) == {'layer': 2}
+    with pytest.raises(ValueError, match=r'layer/w is float64, which JAX would round, and .*x64'):
+        measure(tree, axes)
+    with jax.enable_x64(True):
+        found = jax.device_get(jax.tree.leaves(measure(tree, axes)))
+    if measure is symmetry.project:
+        assert (found[0] == 1.0).all()
+    elif measure is symmetry.transverse:
+        np.testing.assert_allclose(found[0], [-5e-13, 5e-13], rtol=1e-3)
+    elif found[0].dtype == bool:
+        assert not found[0]
+    else:
+        assert 5e-13 < found[0] < 2e-12
+
+
+@pytest.mark.parametrize('measure', MEASURES)
+@pytest.mark.parametrize('dtype', ['int32', 'complex64', 'bool'])
+def test_what_is_no_real_float_is_refused(measure, dtype):
+    tree = {'layer': {'w': np.ones(3, dtype)}}
+    with pytest.raises(ValueError, match=f'layer/w is {dtype}; what features have must be real'):
+        measure(tree, {'layer': {'w': ('h',)}})
+    # An array without features, such as a number of steps, may be anything.
+    assert measure({'layer': {'w': jnp.ones(3, dtype)}}, {'layer': {'w': (None,)}}) is not None

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from zerojax.symmetry.following import CALLS
+
 __all__ = ['count', 'crossings', 'margins']
 
 Tree = Any
@@ -30,8 +32,8 @@ def margins(function: Callable[..., Any], *args: Any) -> Margins:
     Piecewise operations are max, min, clamp, abs, sign and comparisons of floats, so ReLU, leaky
     ReLU, hard tanh and their like, however they are written. A margin is the difference of the two
     numbers that are compared, a ReLU's its input: a float array, 0 at the kink. Reductions (max
-    pooling) and what is inside `cond` and `while` are not looked at. Pure: may be jitted and
-    differentiated.
+    pooling, `lax.reduce`) and what is inside `cond` and `while` are not looked at. Pure: may be
+    jitted and differentiated.
 
     Returns:
         margins by name scope ('ConstNet/block1_0/relu'), as Linen modules and `jax.named_scope` set
@@ -89,8 +91,8 @@ def _evaluate(
         else:
             # The equation as it stands, because a custom derivative is lost in evaluating its body.
             outputs, inner = _evaluate_alone(jaxpr, eqn, inputs), []
-            body = eqn.params.get('jaxpr') or eqn.params.get('call_jaxpr')
-            if body is not None and primitive not in ('cond', 'while'):
+            if primitive in CALLS:
+                body = eqn.params[CALLS[primitive]]
                 name = eqn.params.get('name', '')
                 _, inner = _evaluate(
                     getattr(body, 'jaxpr', body),

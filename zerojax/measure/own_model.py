@@ -202,15 +202,20 @@ def predict(
         model: with its features equal at the start.
         scales: standard deviations of the noise.
         steps: how many are looked at; no more than there are batches.
-        features: of each stream of the reduced networks, above `prediction.ALONE`.
+        features: of each stream of the reduced networks, at least 4.
         seeds: number of draws that they follow, 0, 1, ...; the first is that of the linear
             prediction. `measure` draws the same.
 
     Raises:
         ValueError: as `check_predictable`, or the step or its derivative is not finite.
     """
-    if steps < 1 or not all(scale > 0 for scale in scales):
-        raise ValueError(f'scales={scales}, steps={steps}: must be above 0, and at least 1')
+    if not all(scale > 0 for scale in scales):
+        raise ValueError(f'scales={scales}: must be above 0')
+    for name, number, least in (
+        ('steps', steps, 1), ('seeds', seeds, 1), ('features', features, prediction.ALONE + 1)
+    ):  # fmt: skip
+        if number < least:
+            raise ValueError(f'{name}={number}: must be at least {least}')
     check_predictable(model, features)
     noises = [_unit_noise(model, seed) for seed in range(seeds if model.make else 1)]
     active, passive = _of_unit(model, noises[0], steps)
@@ -257,11 +262,15 @@ def measure(
 ) -> dict[str, np.ndarray]:
     """Trains the network from noise of this scale; the asymmetry of each stream, [steps + 1].
 
-    Without noise (0.0) it is exactly 0 as long as equal features stay equal to the bit.
+    Without noise (0.0) it is exactly 0 as long as equal features stay equal to the bit. NaN once a
+    weight is not finite.
     """
     advance = jit_in_mode(model.step, 'deterministic')
     asymmetry = jit_in_mode(
-        lambda params: symmetry.asymmetry_by_stream(params, model.axes), 'deterministic'
+        lambda params: prediction.while_finite(
+            params, symmetry.asymmetry_by_stream(params, model.axes)
+        ),
+        'deterministic',
     )
     state = model.start(scale, seed)
     found = [asymmetry(state[0])]
@@ -276,8 +285,9 @@ def check_predictable(model: Model, features: int = 8) -> None:
     """Checks all of a model that can be known before it is trained.
 
     Raises:
-        ValueError: features of a stream start unequal, the optimizer takes signs, `features` are
-            too few, or what `make` gives is not the same network.
+        ValueError: features of a stream start unequal, the optimizer takes signs of gradients,
+            `features` are too few, or what `make` gives is not the same network, or is not trained
+            as it is.
     """
     unique = symmetry.unique_features_by_stream(jax.device_get(model.params), model.axes)
     unequal = [f'{name} has {n} different ones' for name, n in unique.items() if n > 1]
@@ -286,7 +296,7 @@ def check_predictable(model: Model, features: int = 8) -> None:
             f'params: all features of a stream must start equal, but {", ".join(unequal)}; make '
             'the initial weights constant along its axes'
         )
-    _check_signs(model)
+    _check_derivative(model)
     if model.make:
         reduced.networks(model, features)
 
@@ -375,12 +385,21 @@ def _check_optimizer(model: Model) -> None:
         ) from error
 
 
-def _check_signs(model: Model) -> None:
+def _check_derivative(model: Model) -> None:
+    """Signs alone do not tell, as Yogi takes one of its second moment and follows the gradient."""
     params = model.restored(model.params)
     traced = jax.make_jaxpr(model.tx.update)(params, model.tx.init(params), params)
-    if any(str(equation.primitive) == 'sign' for equation in equations_of(traced.jaxpr)):
+    takes_signs = any(str(each.primitive) == 'sign' for each in equations_of(traced.jaxpr))
+
+    def updates(grads: Tree) -> Tree:
+        return model.tx.update(grads, model.tx.init(params), params)[0]
+
+    ones = jax.tree.map(jnp.ones_like, params)
+    if takes_signs and not any(
+        map(jnp.any, jax.tree.leaves(jax.jvp(updates, (ones,), (ones,))[1]))
+    ):
         raise ValueError(
-            'tx: takes signs, as Lion does of gradients; that has the derivative 0 whatever the '
+            'tx: takes signs of gradients, as Lion does, which has the derivative 0 whatever the '
             'noise comes to, so nothing can be predicted; `measure` trains the model'
         )
 

@@ -308,6 +308,12 @@ def growth_per_step(curve: np.ndarray) -> float | None:
     return float((curve[-1] - curve[half]) / (len(curve) - 1 - half))
 
 
+def while_finite(params: Tree, by_stream: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The same numbers, or NaN if a weight is not finite: lost features may well be equal."""
+    finite = jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(params)])
+    return {name: jnp.where(jnp.all(finite), x, jnp.nan) for name, x in by_stream.items()}
+
+
 class Follower:
     """A reduced network's training, from one start or another.
 
@@ -319,14 +325,12 @@ class Follower:
 
     def __init__(self, step: Step, feature_axes: Tree, shares: symmetry.Orbits) -> None:
         def measure(params: Tree, factors: dict[str, jax.Array]) -> dict[str, jax.Array]:
-            leaves = jax.tree.leaves(params)
-            finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in leaves]))
             by_stream = symmetry.asymmetry_by_stream(params, feature_axes)
             by_stream |= {
                 name: jnp.maximum(by_stream[name], size.astype(by_stream[name].dtype))
                 for name, size in spread(params, feature_axes, shares, factors).items()
             }
-            return {name: jnp.where(finite, x, jnp.nan) for name, x in by_stream.items()}
+            return while_finite(params, by_stream)
 
         self._step = jit_in_mode(step, 'deterministic')
         self._measure = jit_in_mode(measure, 'deterministic')

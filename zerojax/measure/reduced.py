@@ -4,6 +4,7 @@ As `zerojax.predict` has it for a config, see `measure.prediction`; here the sma
 from a function of the numbers of features, and are tried out before they are believed.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,12 +28,16 @@ Tree = Any
 # Relative, of outputs: in float64, and where a function computes in less whatever it is given.
 TOLERANCES = {True: 1e-9, False: 1e-2}
 
+# Sizes of the gradients of successive updates: some act on large ones only, or every few updates.
+GRADIENTS = (1e-3, 1.0, 1e3) * 4
+
 
 class Reduction:
     """The network of a model with a feature for each orbit.
 
     Raises:
-        ValueError: what `make` gives fails, or is not the same network.
+        ValueError: what `make` gives fails, or is not the same network, or the optimizer does not
+            treat each weight by itself.
     """
 
     def __init__(self, model: 'Model', orbits: symmetry.Orbits) -> None:
@@ -40,6 +45,7 @@ class Reduction:
         self._average = quotient.average_gradients(model.axes, orbits)
         self.params = quotient.reduce(jax.device_get(model.params), model.axes, orbits)
         self._check_same()
+        self._check_trained_alike()
 
     def step(self, state: State, batch: tuple[Tree, Tree]) -> State:
         """As `Model.step`; the gradient of each weight is that of one that it stands for."""
@@ -59,12 +65,13 @@ class Reduction:
         params = jax.tree.map(jnp.asarray, params)
         return params, self._model.tx.init(self._model.restored(params))
 
-    def _outputs(self, apply: Callable[..., Tree], weights: Tree) -> Tree:
+    def _outputs(self, apply: Callable[..., Tree], weights: Tree) -> list[jax.Array]:
         inputs, _ = self._model.batches[0]
+        inputs = jax.tree.map(_in_float64, inputs)
         call = jit_in_mode(
             lambda weights: self._model.call(apply, weights, inputs), 'deterministic'
         )
-        return call(weights)
+        return jax.tree.leaves(call(weights))
 
     def _check_same(self) -> None:
         """At random weights, in float64: outputs are those of the network whose features differ as
@@ -78,24 +85,73 @@ class Reduction:
             )
             large = quotient.expand(small, axes, self.orbits)
             weights = quotient.counted(small, axes, self.orbits)
-            expected = jax.tree.leaves(self._outputs(model.apply, large))
+            try:
+                expected = self._outputs(model.apply, large)
+            except Exception as error:
+                raise ValueError(
+                    f'apply: fails in float64 ({_reason(error)}), in which `make` is tried out; it '
+                    'must compute in whatever dtype its weights and inputs have'
+                ) from error
             try:
                 assert model.make is not None
                 self._apply = model.make(counts)
-                found = jax.tree.leaves(self._outputs(self._apply, weights))
+                found = self._outputs(self._apply, weights)
             except Exception as error:
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise ValueError(f'make: what it gives for {counts} fails ({reason})') from error
+                raise ValueError(
+                    f'make: what it gives for {counts} fails ({_reason(error)})'
+                ) from error
         if len(found) != len(expected) or not all(map(_same, found, expected)):
             raise ValueError(
                 f'make: the network with features {counts} computes something else than the one it '
-                'stands for; in all arrays of two named axes the last must be that of the output, '
-                'and nothing else may sum over features, as LayerNorm does'
+                'stands for; arrays must sum over all named axes but their last axis, and not over '
+                'that (kernels are [in, out], a readout [in, 1]), and nothing else may sum over '
+                'features, as LayerNorm does'
             )
 
+    def _check_trained_alike(self) -> None:
+        """At random weights: updates of equal gradients are those of the network itself."""
+        model, tx, axes = self._model, self._model.tx, self._model.axes
+        rng = np.random.default_rng(0)
 
-def _same(a: jax.Array, b: jax.Array) -> bool:
-    """Whether two outputs are, but for rounding."""
+        def update(grads: Tree, state: Tree, params: Tree) -> tuple[Tree, Tree]:
+            updates, state = tx.update(model.restored(grads), state, model.restored(params))
+            return model.nested(updates), state
+
+        update = jit_in_mode(update, 'deterministic')
+
+        def random(size: float) -> tuple[Tree, Tree]:
+            small = jax.tree.map(
+                lambda x: (size * rng.normal(size=x.shape)).astype(x.dtype), self.params
+            )
+            return small, quotient.expand(small, axes, self.orbits)
+
+        params = random(1.0)
+        states = [tx.init(model.restored(each)) for each in params]
+        for size in GRADIENTS:
+            updates = []
+            for i, grads in enumerate(random(size)):
+                found, states[i] = update(grads, states[i], params[i])
+                updates.append(jax.device_get(found))
+            expanded = quotient.expand(updates[0], axes, self.orbits)
+            if not all(jax.tree.leaves(jax.tree.map(_same, expanded, updates[1]))):
+                raise ValueError(
+                    'tx: what it does to a weight depends on others, as in clipping by a norm, '
+                    'LARS, LAMB, Adafactor and Muon, so no smaller network is trained alike; leave '
+                    'out `make`, for the linear prediction alone'
+                )
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _in_float64(x: Any) -> Any:
+    x = jnp.asarray(x)
+    return x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two arrays are, but for rounding."""
     if a.shape != b.shape:
         return False
     exact, expected = np.asarray(a, np.float64), np.asarray(b, np.float64)
@@ -133,7 +189,8 @@ def follow(
         scales, steps: as in `own_model.predict`.
         features: number of features of each stream, above `prediction.ALONE`.
         noises: what is added to the weights per unit of scale, in NumPy arrays.
-        passive: what the noise has beside that, per unit of scale, see `measure.prediction`.
+        passive: what the first of them has beside that, per unit of scale, see
+            `measure.prediction`; that of the others stays as much larger or smaller as it starts.
 
     Raises:
         ValueError: as `networks`.
@@ -146,7 +203,12 @@ def follow(
     shares = small.orbits
     follower = prediction.Follower(small.step, axes, shares)
     found: dict[float, list[Curves]] = {scale: [] for scale in scales}
+    start_of_passive = _largest_passive(noises[0], axes)
     for noise in noises:
+        relative = {
+            name: math.log(size / start_of_passive[name]) if size else 0.0
+            for name, size in _largest_passive(noise, axes).items()
+        }
         at = prediction.coordinates(noise, axes, covectors)
         order, _ = prediction.arranged(at, features)
         furthest = prediction.furthest({name: x[order[name]] for name, x in at.items()}, shares)
@@ -159,12 +221,17 @@ def follow(
                     {
                         name: np.maximum(
                             np.log([float(each[name]) for each in measured]),
-                            passive[name] + np.log(scale),
+                            passive[name] + relative[name] + math.log(scale),
                         )
                         for name in model.streams
                     }
                 )
     return found
+
+
+def _largest_passive(noise: Tree, axes: Tree) -> dict[str, float]:
+    found = prediction.passive_deviations(noise, axes)
+    return {name: max(of_arrays.values(), default=0.0) for name, of_arrays in found.items()}
 
 
 def _added(scale: float) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:

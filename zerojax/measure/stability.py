@@ -35,7 +35,7 @@ from zerojax.step.determinism import jit_in_mode
 
 __all__ = [
     'ONSET', 'Growth', 'LinearisedStep', 'gaussian_tangents', 'growth', 'of_train_step',
-    'one_sided_log_asymmetry', 'predict_onset', 'rounded_away',
+    'one_sided_log_asymmetry', 'predict_onset', 'rounded_away', 'split',
 ]  # fmt: skip
 
 ONSET = 0.1  # asymmetry from which on features are as good as different; see docs/findings.md

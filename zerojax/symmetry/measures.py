@@ -6,6 +6,9 @@ identical numbers is rounded and need not be that number.
 Equal means equal in all bits, but for 0.0 and -0.0, which are equal. So infinite weights of one
 sign are equal, and so are NaNs of the same bits. A weight that is not finite and differs from what
 it must equal is infinitely far from it.
+
+Arrays with features must be real floats, NumPy's or JAX's, that JAX does not round. Others are a
+ValueError, but where the features are counted, on the host.
 """
 
 import functools
@@ -37,6 +40,23 @@ def _along(x: jax.Array, axis: int, first: np.ndarray | None) -> jax.Array:
     if first is None or not first.any():
         return jax.lax.slice_in_dim(x, 0, 1, axis=axis)
     return jnp.take(x, first, axis=axis)
+
+
+def _named_floats(tree: Tree, feature_axes: Tree) -> Iterator[tuple[Path, Any, dict[int, str]]]:
+    """As `named_axes`, of floats that JAX does not round."""
+    widest = jax.dtypes.canonicalize_dtype(np.float64).itemsize
+    for path, x, names in named_axes(tree, feature_axes):
+        if names and not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(
+                f'{"/".join(path)} is {x.dtype}; what features have must be real floats'
+            )
+        if names and x.dtype.itemsize > widest:
+            raise ValueError(
+                f'{"/".join(path)} is {x.dtype}, which JAX would round, and features that differ '
+                "by less would be equal; call jax.config.update('jax_enable_x64', True), or round "
+                'it to float32 first'
+            )
+        yield path, x, names
 
 
 def _classes(
@@ -96,7 +116,7 @@ def _equalities(
     tree: Tree, feature_axes: Tree, orbits: Orbits | None
 ) -> Iterator[tuple[list[str], jax.Array]]:
     """(axis names concerned, whether all is as it must be, bool []) of each class."""
-    for path, x, names in named_axes(tree, feature_axes):
+    for path, x, names in _named_floats(tree, feature_axes):
         for concerned, to_first in _classes(path, names, orbits):
             yield concerned, _is_first(x, to_first)
 
@@ -154,7 +174,7 @@ def largest_weights(tree: Tree, feature_axes: Tree) -> dict[str, jax.Array]:
         ValueError: tree and declaration do not fit each other.
     """
     largest: dict[str, jax.Array] = {}
-    for _, x, names in named_axes(tree, feature_axes):
+    for _, x, names in _named_floats(tree, feature_axes):
         size = jnp.abs(x)
         of_array = jnp.max(jnp.where(jnp.isfinite(size), size, jnp.zeros_like(size)))
         for name in names.values():
@@ -167,7 +187,7 @@ def _relative_deviations(
 ) -> Iterator[tuple[Path, list[str], jax.Array]]:
     """(array, axis names concerned, largest relative deviation from what it must equal, [])."""
     scales = largest_weights(tree if relative_to is None else relative_to, feature_axes)
-    for path, x, names in named_axes(tree, feature_axes):
+    for path, x, names in _named_floats(tree, feature_axes):
         for concerned, to_first in _classes(path, names, orbits):
             # A difference so small that the arithmetic loses it is still a difference.
             tiny = jnp.finfo(x.dtype).tiny
@@ -191,7 +211,7 @@ def distance(tree: Tree, feature_axes: Tree, orbits: Orbits | None = None) -> di
         ValueError: tree and declaration do not fit each other.
     """
     layers: dict[str, list[jax.Array]] = {}
-    for path, x, names in named_axes(tree, feature_axes):
+    for path, x, names in _named_floats(tree, feature_axes):
         if names:
             square = _squared_distance(x, path, names, orbits)
             layers.setdefault('/'.join(path[:-1]), []).append(square)
@@ -211,7 +231,7 @@ def distance_by_stream(
         ValueError: tree and declaration do not fit each other.
     """
     streams: dict[str, list[jax.Array]] = {}
-    for path, x, names in named_axes(tree, feature_axes):
+    for path, x, names in _named_floats(tree, feature_axes):
         for stream in dict.fromkeys(names.values()):
             own = {axis: name for axis, name in names.items() if name == stream}
             streams.setdefault(stream, []).append(_squared_distance(x, path, own, orbits))
@@ -238,8 +258,8 @@ def transverse(tree: Tree, feature_axes: Tree, orbits: Orbits | None = None) -> 
     """
     return unflatten_dict(
         {
-            path: _transverse(x, path, names, orbits)
-            for path, x, names in named_axes(tree, feature_axes)
+            path: _transverse(x, path, names, orbits) if names else jnp.zeros_like(x)
+            for path, x, names in _named_floats(tree, feature_axes)
         }
     )
 
@@ -347,7 +367,7 @@ def project(tree: Tree, feature_axes: Tree, orbits: Orbits | None = None) -> Tre
     return unflatten_dict(
         {
             path: _project(x, path, names, orbits)
-            for path, x, names in named_axes(tree, feature_axes)
+            for path, x, names in _named_floats(tree, feature_axes)
         }
     )
 

@@ -20,10 +20,11 @@ stay equal within, but differ from one another. It is equal to the large network
 unique features a stream (`perturb.unequal_init`), and follows one whose features all differ a
 little: started from `average`, each of its features from the mean of those that it stands for.
 
-Three things must hold of other networks and optimizers. Arrays sum over all their named axes but
-the last, as the kernels of dense layers and convolutions do. Nothing else sums over features (the
-statistics of a LayerNorm do, and are the same only if all orbits have one size). The optimizer
-treats each weight by itself: SGD, Adam and weight decay do, clipping by the global norm does not.
+Three things must hold of other networks and optimizers. Arrays sum over all named axes but their
+last axis, and never over that, as the kernels [..., in, out] of dense layers and convolutions do; a
+readout of one output is [in, 1] and not [in]. Nothing else sums over features (the statistics of a
+LayerNorm do, and are the same only if all orbits have one size). The optimizer treats each weight
+by itself: SGD, Adam and weight decay do, clipping by the global norm does not.
 """
 
 from collections.abc import Mapping
