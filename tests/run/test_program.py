@@ -1,4 +1,4 @@
-"""What a program measures of weights, on the host and on the device."""
+"""Where a program is, and what it measures of weights, on the host and on the device."""
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,17 @@ def test_host_and_device_measure_the_same(program_and_params, monkeypatch):
     for a, b in zip(jax.tree.leaves(on_host), jax.tree.leaves(on_device), strict=True):
         assert np.shape(a) == np.shape(b) == (() if program.runs is None else (program.runs,))
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * max(1, np.abs(b).max()))
+
+
+def test_a_run_of_one_device_is_where_jax_puts_arrays(tiny_config):
+    dataset = load_of(tiny_config)
+    config = resolve(tiny_config, dataset)
+    for device in jax.devices():
+        with jax.default_device(device):
+            program = programs.Program(config, dataset)
+            state = program.initial_state(program.place_scalars([scalars_of(config)]))
+            placed = state, program.source(state, program.place_scalars([scalars_of(config)]), 0)
+        assert all(x.devices() == {device} for x in jax.tree.leaves(placed))
 
 
 def test_weights_that_are_not_finite_are_measured_in_silence(program_and_params):

@@ -4,11 +4,12 @@ import json
 import shutil
 
 import jax
+import numpy as np
 import pytest
 
 from zerojax import config
 from zerojax.host.errors import UsageError
-from zerojax.run.program import Programs
+from zerojax.run.program import Program, Programs
 from zerojax.run.train import train
 
 
@@ -166,3 +167,19 @@ def test_another_machine_is_said_and_the_run_goes_on(toy_config, stopped, progra
     (workdir / 'manifest.json').write_text(json.dumps(fields))
     assert train(toy_config, workdir, programs)['params_sha256'] == summary['params_sha256']
     assert 'OTHER CONDITIONS than when' in capsys.readouterr().out
+
+
+def test_a_run_that_goes_on_is_compiled_as_it_was_begun(toy_config, stopped, tmp_path, monkeypatch):
+    """So what was compiled for one serves the other."""
+    compiled = []
+    compile_train_steps = Program.compile_train_steps
+
+    def noted(self, state, source):
+        compiled.append(self._train_steps.lower(state, source, np.int32(1))._lowered.as_text())
+        return compile_train_steps(self, state, source)
+
+    monkeypatch.setattr(Program, 'compile_train_steps', noted)
+    workdir, _ = stopped
+    train(toy_config, workdir)
+    train(toy_config, tmp_path / 'new')
+    assert len(compiled) == 2 and compiled[0] == compiled[1]

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
@@ -66,7 +66,7 @@ class Program:
             here: then the train steps can be compiled for `shapes`, and nothing can be run.
 
     Attributes:
-        everywhere: sharding of what has a copy on each device; None on a single one.
+        everywhere: sharding of what is on the device, or has a copy on each.
         steps_per_epoch: updates in an epoch.
         last_is_smaller: whether the last update of an epoch has a smaller batch than the others.
 
@@ -100,8 +100,17 @@ class Program:
         self.feature_axes = self.model.feature_axes()['params']
         self.orbits = build_orbits(self.model, dataset.image_shape)
         self.mesh = build_mesh(config, runs, self._devices)
-        self._for_each_run = None if self.mesh is None else NamedSharding(self.mesh, P('run'))
-        self.everywhere = None if self.mesh is None else NamedSharding(self.mesh, P())
+        # Said of a single device too, as what checkpoints give back has one: so a run that goes on
+        # is compiled as it was begun.
+        self.everywhere: Sharding
+        self._for_each_run: Sharding
+        if self.mesh is not None:
+            self.everywhere = NamedSharding(self.mesh, P())
+            self._for_each_run = NamedSharding(self.mesh, P('run'))
+        elif devices is not None:
+            self.everywhere = self._for_each_run = SingleDeviceSharding(devices[0])
+        else:  # where JAX puts arrays, see `jax.default_device`
+            self.everywhere = self._for_each_run = jax.device_put(0).sharding
         self._make_batch = functools.partial(
             make_batch_function, config, dataset.image_shape, dataset.num_classes, self.mesh
         )
@@ -254,10 +263,9 @@ class Program:
         state = jax.eval_shape(self._new_state, scalars_of(self.config))
         order = jax.eval_shape(self.epoch_order, state.keys['order'], 0)
         source = Source(examples_of(self.dataset.train), order, scalars_of(self.config))
-        where = self.everywhere or SingleDeviceSharding(self._devices[0])
 
         def placed(x: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.everywhere)
 
         return jax.tree.map(placed, (state, source))
 
@@ -357,7 +365,7 @@ class Program:
         along = None if self.mesh is None else 'run'
         return jax.vmap(function, in_axes, out_axes, spmd_axis_name=along)
 
-    def _run_sharding(self) -> Any:
+    def _run_sharding(self) -> Sharding:
         return self.everywhere if self.runs is None else self._for_each_run
 
     def _state_shardings(self) -> Any:
