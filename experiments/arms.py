@@ -146,7 +146,7 @@ def report(experiment: runs.Experiment, finished: list[runs.FinishedRun]) -> Non
             {
                 'arm': arm,
                 **runs.accuracies(its_runs),
-                'largest asymmetry': f'{asymmetry:.2g}' if asymmetry else '0 exactly',
+                'asymmetry at the end': f'{asymmetry:.2g}' if asymmetry else '0 exactly',
             }
         )
     runs.write_table(experiment, table)

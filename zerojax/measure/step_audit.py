@@ -129,7 +129,7 @@ class Verdict:
     streams: Streams | None = None
 
     def unequal_layers(self) -> dict[str, tuple[str, Spread]]:
-        """The layers whose features differ, each with its worst tensor."""
+        """The layers whose features differ, each with its worst tensor, the worst first."""
         unequal: dict[str, tuple[str, Spread]] = {}
         for name, spread in self.features.items():
             layer = name.split('/')[1]
@@ -137,7 +137,7 @@ class Verdict:
                 layer not in unequal or spread.ulps > unequal[layer][1].ulps
             ):
                 unequal[layer] = name, spread
-        return unequal
+        return dict(sorted(unequal.items(), key=lambda item: -item[1][1].ulps))
 
     def unequal_streams(self) -> dict[str, dict[str, tuple[str, Spread]]]:
         """Of each broken stream that has others to be compared: those whose features differ, each
