@@ -67,5 +67,5 @@ if __name__ == '__main__':
         print(own_model.predict(model, scales=(1e-8, 1e-6, 1e-4)))
         for scale in (0, 1e-8, 1e-6, 1e-4):
             largest = np.max(list(own_model.measure(model, scale).values()), axis=0)
-            onset = np.argmax(largest >= 0.1) if largest.max() >= 0.1 else 'never'
-            print(f'noise of {scale:g}: asymmetry {largest.max():.2g} at most, onset {onset}')
+            onset = np.argmax(largest >= 0.1) if (largest >= 0.1).any() else 'never'
+            print(f'noise of {scale:g}: asymmetry {np.nanmax(largest):.2g} at most, onset {onset}')

@@ -285,12 +285,6 @@ def test_of_signs_nothing_is_predicted(tx):
     assert max(curve[1] for curve in own_model.measure(model, 1e-6).values()) > 1e-3
 
 
-@pytest.mark.parametrize('name', ['adabelief', 'adagrad', 'adamw', 'nadam', 'radam', 'rmsprop'])
-def test_other_optimizers_take_none(name):
-    model = linen(optax.chain(optax.clip_by_global_norm(1.0), getattr(optax, name)(1e-3)))
-    own_model.check_predictable(model)
-
-
 def test_the_sign_of_a_second_moment_has_a_prediction():
     """Yogi's, which is no sign of the gradient."""
     model = linen(optax.yogi(1e-2, eps=1e-1))
@@ -300,30 +294,14 @@ def test_the_sign_of_a_second_moment_has_a_prediction():
         np.testing.assert_allclose(np.log(measured[stream]), curve, atol=0.15)
 
 
-COUPLED = [
-    optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)), optax.lars(0.1), optax.lamb(1e-2),
-    optax.adafactor(1e-2), optax.contrib.muon(1e-2), optax.chain(optax.clip_by_block_rms(1.0)),
-    optax.MultiSteps(optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)), 4),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize('tx', COUPLED)
-def test_where_weights_are_updated_together_no_small_network_stands_for_a_large_one(tx):
-    with pytest.raises(ValueError, match='tx: what it does to a weight depends on others'):
-        own_model.predict(linen(tx, make=make), steps=3)
-
-
-@pytest.mark.parametrize(
-    'tx',
-    [
-        optax.sgd(0.1, 0.9, nesterov=True), optax.adamw(1e-2), optax.yogi(1e-2),
-        optax.rmsprop(1e-2),
-        optax.chain(optax.clip(1.0), optax.adam(optax.cosine_decay_schedule(1e-2, 10))),
-        optax.MultiSteps(optax.sgd(0.1), 4).gradient_transformation(),
-    ],
-)  # fmt: skip
-def test_where_each_weight_is_updated_by_itself_one_does(tx):
-    own_model.check_predictable(linen(tx, make=make))
+def test_where_weights_are_updated_together_no_small_network_stands_for_a_large_one():
+    """They have the linear prediction alone."""
+    clipped = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1))
+    with pytest.raises(
+        ValueError, match='tx: what it does to a weight is random or depends on oth'
+    ):
+        own_model.predict(linen(clipped, make=make), steps=3)
+    assert own_model.predict(linen(clipped), steps=3, features=3, seeds=0).reduced == {}
 
 
 def test_a_run_that_is_lost_has_no_asymmetry():
@@ -333,14 +311,16 @@ def test_a_run_that_is_lost_has_no_asymmetry():
 
 
 def recurrent(width=12, dtype=None):
-    """A scan whose carry has the dtype of the inputs, or a dtype whatever they are."""
+    """A scan whose carry has the dtype of the inputs, or a dtype whatever they are; it counts."""
 
-    def apply(params, x):
+    def apply(params, x, labels):
         def advance(carry, column):
-            return jnp.tanh(carry @ params['w'] + column[:, None] * params['u']), None
+            state, seen = carry
+            state = jnp.tanh(state @ params['w'] + column[:, None] * params['u'])
+            return (state, seen + labels), None
 
-        start = jnp.zeros((len(x), width), dtype or x.dtype)
-        return jax.lax.scan(advance, start, x.T)[0] @ params['v']
+        start = jnp.zeros((len(x), width), dtype or x.dtype), jnp.zeros(len(x), jnp.int32)
+        return jax.lax.scan(advance, start, x.T)[0][0] @ params['v']
 
     return apply
 
@@ -348,8 +328,9 @@ def recurrent(width=12, dtype=None):
 @pytest.mark.parametrize('dtype', [None, 'float32'])
 def test_a_small_network_is_tried_out_in_float64(dtype):
     params = {'w': np.full((12, 12), 0.05), 'u': np.full(12, 0.3), 'v': np.full((12, 3), 0.1)}
+    data = [((x, labels), labels) for x, labels in batches(3)]
     model = own_model.Model(
-        recurrent(dtype=dtype), jax.tree.map(np.float32, params), optax.sgd(0.1), loss, batches(),
+        recurrent(dtype=dtype), jax.tree.map(np.float32, params), optax.sgd(0.1), loss, data,
         make=lambda counts: recurrent(*counts.values(), dtype=dtype),
     )  # fmt: skip
     if dtype is None:

@@ -288,3 +288,18 @@ def test_what_is_not_finite_is_said():
     whole = symmetry.Orbits({k: np.arange(n) for k, n in COUNTS.items()}, {})
     found = list(prediction.Follower(step, AXES, whole).follow((params, ()), [1.0, np.inf], {}))
     assert [bool(jnp.isfinite(each['a'])) for each in found] == [True, True, False]
+
+
+@pytest.mark.parametrize('names', [{1: 'a'}, {0: 'a', 2: 'b'}, {0: 'a', 1: 'b', 2: 'c'}])
+def test_noise_is_what_it_has_in_common_its_streams_parts_and_a_part_without_sums(names):
+    x = np.random.default_rng(0).normal(size=(3, 4, 5))
+    own = [prediction.own_part(x, axis, names) for axis in names]
+    passive = prediction.passive_part(x, names)
+    common = x.mean(tuple(names), keepdims=True)
+    if len(names) > 1:
+        np.testing.assert_allclose(common + sum(own) + passive, x, atol=1e-15)
+    else:
+        assert not passive.any()
+    for axis in names:
+        others = tuple(each for each in names if each != axis)
+        np.testing.assert_allclose(passive.sum(others), 0, atol=1e-14)

@@ -354,5 +354,6 @@ def test_what_is_no_real_float_is_refused(measure, dtype):
     tree = {'layer': {'w': np.ones(3, dtype)}}
     with pytest.raises(ValueError, match=f'layer/w is {dtype}; what features have must be real'):
         measure(tree, {'layer': {'w': ('h',)}})
-    # An array without features, such as a number of steps, may be anything.
-    assert measure({'layer': {'w': jnp.ones(3, dtype)}}, {'layer': {'w': (None,)}}) is not None
+    # Arrays without features, such as a number of steps or a key, may be anything.
+    others = {'w': jnp.ones(3, dtype), 'keys': jax.random.split(jax.random.key(0), 3)}
+    measure({'layer': others}, {'layer': {'w': (None,), 'keys': (None,)}})

@@ -32,8 +32,8 @@ def margins(function: Callable[..., Any], *args: Any) -> Margins:
     Piecewise operations are max, min, clamp, abs, sign and comparisons of floats, so ReLU, leaky
     ReLU, hard tanh and their like, however they are written. A margin is the difference of the two
     numbers that are compared, a ReLU's its input: a float array, 0 at the kink. Reductions (max
-    pooling, `lax.reduce`) and what is inside `cond` and `while` are not looked at. Pure: may be
-    jitted and differentiated.
+    pooling, `lax.reduce`) are not looked at, nor what is inside `cond`, `while`, `shard_map`,
+    `pmap`, `custom_vmap` and Pallas kernels. Pure: may be jitted and differentiated.
 
     Returns:
         margins by name scope ('ConstNet/block1_0/relu'), as Linen modules and `jax.named_scope` set

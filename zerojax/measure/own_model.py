@@ -22,13 +22,12 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from zerojax import perturb, symmetry
-from zerojax.measure import prediction, reduced, stability
+from zerojax.measure import optimizers, prediction, reduced, stability
 from zerojax.measure.prediction import Curves
 from zerojax.measure.stability import State
 from zerojax.step.determinism import jit_in_mode
 from zerojax.symmetry.check import fitted
 from zerojax.symmetry.orbits import feature_counts
-from zerojax.symmetry.trial import equations_of
 
 __all__ = ['Model', 'Prediction', 'check_predictable', 'measure', 'predict']
 
@@ -211,11 +210,10 @@ def predict(
     """
     if not all(scale > 0 for scale in scales):
         raise ValueError(f'scales={scales}: must be above 0')
-    for name, number, least in (
-        ('steps', steps, 1), ('seeds', seeds, 1), ('features', features, prediction.ALONE + 1)
-    ):  # fmt: skip
-        if number < least:
-            raise ValueError(f'{name}={number}: must be at least {least}')
+    least = {'steps': 1} | ({'seeds': 1, 'features': prediction.ALONE + 1} if model.make else {})
+    for name, number in (('steps', steps), ('seeds', seeds), ('features', features)):
+        if number < least.get(name, number):
+            raise ValueError(f'{name}={number}: must be at least {least[name]}')
     check_predictable(model, features)
     noises = [_unit_noise(model, seed) for seed in range(seeds if model.make else 1)]
     active, passive = _of_unit(model, noises[0], steps)
@@ -296,7 +294,11 @@ def check_predictable(model: Model, features: int = 8) -> None:
             f'params: all features of a stream must start equal, but {", ".join(unequal)}; make '
             'the initial weights constant along its axes'
         )
-    _check_derivative(model)
+    if not optimizers.follows_gradients(model.tx, model.restored(model.params)):
+        raise ValueError(
+            'tx: takes signs of gradients, as Lion does, which has the derivative 0 whatever the '
+            'noise comes to, so nothing can be predicted; `measure` trains the model'
+        )
     if model.make:
         reduced.networks(model, features)
 
@@ -319,15 +321,10 @@ def _tangents(noise: Tree, axes: Tree) -> tuple[Tree, list[str | None]]:
     parts: dict[Any, list[np.ndarray]] = {}
     for path, x, names in symmetry.named_axes(noise, axes):
         of_stream = {stream: np.zeros_like(x) for stream in streams}
-        rest = x - x.mean(tuple(names), keepdims=True)
         for axis, name in names.items():
-            others = tuple(each for each in names if each != axis)
-            own = x.mean(others, keepdims=True)
-            own = np.broadcast_to(own - own.mean(axis, keepdims=True), x.shape)
-            rest = rest - own
             if name in of_stream:
-                of_stream[name] = of_stream[name] + own
-        parts[path] = [*of_stream.values(), rest if len(names) > 1 else np.zeros_like(x)]
+                of_stream[name] = of_stream[name] + prediction.own_part(x, axis, names)
+        parts[path] = [*of_stream.values(), prediction.passive_part(x, names)]
     owners: list[str | None] = [*streams, None]
     if not any(each[-1].any() for each in parts.values()):
         owners.pop()
@@ -383,25 +380,6 @@ def _check_optimizer(model: Model) -> None:
             f'tx: fails ({type(error).__name__}: {reason}); must be an optimizer of Optax for '
             'these params, whose update takes gradients, state and params alone'
         ) from error
-
-
-def _check_derivative(model: Model) -> None:
-    """Signs alone do not tell, as Yogi takes one of its second moment and follows the gradient."""
-    params = model.restored(model.params)
-    traced = jax.make_jaxpr(model.tx.update)(params, model.tx.init(params), params)
-    takes_signs = any(str(each.primitive) == 'sign' for each in equations_of(traced.jaxpr))
-
-    def updates(grads: Tree) -> Tree:
-        return model.tx.update(grads, model.tx.init(params), params)[0]
-
-    ones = jax.tree.map(jnp.ones_like, params)
-    if takes_signs and not any(
-        map(jnp.any, jax.tree.leaves(jax.jvp(updates, (ones,), (ones,))[1]))
-    ):
-        raise ValueError(
-            'tx: takes signs of gradients, as Lion does, which has the derivative 0 whatever the '
-            'noise comes to, so nothing can be predicted; `measure` trains the model'
-        )
 
 
 def _check_steps(model: Model) -> None:

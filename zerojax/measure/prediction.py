@@ -116,14 +116,27 @@ def _of_stream(tree: Tree, feature_axes: Tree, stream: str) -> Tree:
         parts[path] = np.zeros_like(x)
         for axis, name in names.items():
             if name == stream:
-                sums = _over_others(x, axis, names)
-                parts[path] += sums - sums.mean(axis, keepdims=True)
+                parts[path] += own_part(x, axis, names)
     return unflatten_dict(parts)
 
 
 def _over_others(x: np.ndarray, axis: int, names: dict[int, str]) -> np.ndarray:
     """The mean over all named axes but one, float64, of length 1 along them."""
     return x.mean(tuple(each for each in names if each != axis), np.float64, keepdims=True)
+
+
+def own_part(x: np.ndarray, axis: int, names: dict[int, str]) -> np.ndarray:
+    """What acts on the features along one named axis: their sums, less what they have in common."""
+    sums = _over_others(x, axis, names)
+    return sums - sums.mean(axis, keepdims=True)
+
+
+def passive_part(x: np.ndarray, names: dict[int, str]) -> np.ndarray:
+    """What acts on no feature, [...] as x; exactly 0 where a single axis has a name."""
+    if len(names) < 2:
+        return np.zeros_like(x)
+    common = x.mean(tuple(names), keepdims=True)
+    return x - common - sum(own_part(x, axis, names) for axis in names)
 
 
 def coordinates(noise: Tree, feature_axes: Tree, covectors: dict[str, Tree]) -> Streams:
@@ -200,9 +213,7 @@ def passive_deviations(noise: Tree, feature_axes: Tree) -> dict[str, dict[str, f
     found: dict[str, dict[str, float]] = {name: {} for name in feature_counts(noise, feature_axes)}
     for path, x, names in symmetry.named_axes(jax.device_get(noise), feature_axes):
         if len(names) > 1:
-            part = x
-            for axis in names:
-                part = part - part.mean(axis, keepdims=True)
+            part = passive_part(x, names)
             for axis, name in names.items():
                 size = float(np.max(np.abs(part - part.take([0], axis))))
                 key = '/'.join(path)

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from zerojax import symmetry
-from zerojax.measure import prediction
+from zerojax.measure import optimizers, prediction
 from zerojax.measure.prediction import Curves
 from zerojax.measure.stability import State
 from zerojax.step.determinism import jit_in_mode
@@ -28,24 +28,23 @@ Tree = Any
 # Relative, of outputs: in float64, and where a function computes in less whatever it is given.
 TOLERANCES = {True: 1e-9, False: 1e-2}
 
-# Sizes of the gradients of successive updates: some act on large ones only, or every few updates.
-GRADIENTS = (1e-3, 1.0, 1e3) * 4
-
 
 class Reduction:
     """The network of a model with a feature for each orbit.
 
     Raises:
-        ValueError: what `make` gives fails, or is not the same network, or the optimizer does not
-            treat each weight by itself.
+        ValueError: what `make` gives fails, or is not the same network; or as
+            `optimizers.check_each_alone`.
     """
 
     def __init__(self, model: 'Model', orbits: symmetry.Orbits) -> None:
         self._model, self.orbits = model, orbits
         self._average = quotient.average_gradients(model.axes, orbits)
         self.params = quotient.reduce(jax.device_get(model.params), model.axes, orbits)
+        # As they are in training, before x64 makes int64 of NumPy's integers.
+        self._inputs = jax.tree.map(jnp.asarray, model.batches[0][0])
         self._check_same()
-        self._check_trained_alike()
+        optimizers.check_each_alone(model.tx, model.restored(self.params), self._expand)
 
     def step(self, state: State, batch: tuple[Tree, Tree]) -> State:
         """As `Model.step`; the gradient of each weight is that of one that it stands for."""
@@ -66,8 +65,7 @@ class Reduction:
         return params, self._model.tx.init(self._model.restored(params))
 
     def _outputs(self, apply: Callable[..., Tree], weights: Tree) -> list[jax.Array]:
-        inputs, _ = self._model.batches[0]
-        inputs = jax.tree.map(_in_float64, inputs)
+        inputs = jax.tree.map(_in_float64, self._inputs)
         call = jit_in_mode(
             lambda weights: self._model.call(apply, weights, inputs), 'deterministic'
         )
@@ -108,37 +106,10 @@ class Reduction:
                 'features, as LayerNorm does'
             )
 
-    def _check_trained_alike(self) -> None:
-        """At random weights: updates of equal gradients are those of the network itself."""
-        model, tx, axes = self._model, self._model.tx, self._model.axes
-        rng = np.random.default_rng(0)
-
-        def update(grads: Tree, state: Tree, params: Tree) -> tuple[Tree, Tree]:
-            updates, state = tx.update(model.restored(grads), state, model.restored(params))
-            return model.nested(updates), state
-
-        update = jit_in_mode(update, 'deterministic')
-
-        def random(size: float) -> tuple[Tree, Tree]:
-            small = jax.tree.map(
-                lambda x: (size * rng.normal(size=x.shape)).astype(x.dtype), self.params
-            )
-            return small, quotient.expand(small, axes, self.orbits)
-
-        params = random(1.0)
-        states = [tx.init(model.restored(each)) for each in params]
-        for size in GRADIENTS:
-            updates = []
-            for i, grads in enumerate(random(size)):
-                found, states[i] = update(grads, states[i], params[i])
-                updates.append(jax.device_get(found))
-            expanded = quotient.expand(updates[0], axes, self.orbits)
-            if not all(jax.tree.leaves(jax.tree.map(_same, expanded, updates[1]))):
-                raise ValueError(
-                    'tx: what it does to a weight depends on others, as in clipping by a norm, '
-                    'LARS, LAMB, Adafactor and Muon, so no smaller network is trained alike; leave '
-                    'out `make`, for the linear prediction alone'
-                )
+    def _expand(self, params: Tree) -> Tree:
+        """The large network's params in which these stand, both like the user's."""
+        large = quotient.expand(self._model.nested(params), self._model.axes, self.orbits)
+        return self._model.restored(large)
 
 
 def _reason(error: Exception) -> str:
@@ -146,7 +117,6 @@ def _reason(error: Exception) -> str:
 
 
 def _in_float64(x: Any) -> Any:
-    x = jnp.asarray(x)
     return x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 

@@ -175,6 +175,8 @@ def largest_weights(tree: Tree, feature_axes: Tree) -> dict[str, jax.Array]:
     """
     largest: dict[str, jax.Array] = {}
     for _, x, names in _named_floats(tree, feature_axes):
+        if not names:
+            continue
         size = jnp.abs(x)
         of_array = jnp.max(jnp.where(jnp.isfinite(size), size, jnp.zeros_like(size)))
         for name in names.values():
