@@ -14,8 +14,7 @@ import numpy as np
 import optax
 
 from zerojax.step.determinism import jit_in_mode
-
-__all__ = ['check_each_alone', 'follows_gradients']
+from zerojax.symmetry.trial import first_line
 
 Tree = Any
 
@@ -76,10 +75,10 @@ def check_each_alone(
     try:
         alike, moved = _updates_of_both(tx, params, expand)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f'tx: fails for a smaller network ({reason}); what it holds for each weight must come '
-            'from the params that it is given; leave out `make`, for the linear prediction alone'
+            f'tx: fails for a smaller network ({first_line(error)}); what it holds for each weight '
+            'must come from the params that it is given; leave out `make`, for the linear '
+            'prediction alone'
         ) from error
     if not alike:
         raise ValueError(

@@ -28,6 +28,7 @@ from zerojax.measure.stability import State
 from zerojax.step.determinism import jit_in_mode
 from zerojax.symmetry.check import fitted
 from zerojax.symmetry.orbits import feature_counts
+from zerojax.symmetry.trial import first_line
 
 __all__ = ['Model', 'Prediction', 'check_predictable', 'measure', 'predict']
 
@@ -210,10 +211,12 @@ def predict(
     """
     if not all(scale > 0 for scale in scales):
         raise ValueError(f'scales={scales}: must be above 0')
-    least = {'steps': 1} | ({'seeds': 1, 'features': prediction.ALONE + 1} if model.make else {})
-    for name, number in (('steps', steps), ('seeds', seeds), ('features', features)):
-        if number < least.get(name, number):
-            raise ValueError(f'{name}={number}: must be at least {least[name]}')
+    numbers = [('steps', steps, 1)]
+    if model.make:
+        numbers += [('seeds', seeds, 1), ('features', features, prediction.ALONE + 1)]
+    for name, number, least in numbers:
+        if number < least:
+            raise ValueError(f'{name}={number}: must be at least {least}')
     check_predictable(model, features)
     noises = [_unit_noise(model, seed) for seed in range(seeds if model.make else 1)]
     active, passive = _of_unit(model, noises[0], steps)
@@ -375,10 +378,9 @@ def _check_optimizer(model: Model) -> None:
     try:
         jax.eval_shape(updates, model.params)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [''])[0]
         raise ValueError(
-            f'tx: fails ({type(error).__name__}: {reason}); must be an optimizer of Optax for '
-            'these params, whose update takes gradients, state and params alone'
+            f'tx: fails ({type(error).__name__}: {first_line(error)}); must be an optimizer of '
+            'Optax for these params, whose update takes gradients, state and params alone'
         ) from error
 
 

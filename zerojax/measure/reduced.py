@@ -19,6 +19,7 @@ from zerojax.measure.prediction import Curves
 from zerojax.measure.stability import State
 from zerojax.step.determinism import jit_in_mode
 from zerojax.symmetry import alignment, quotient
+from zerojax.symmetry.trial import first_line
 
 if TYPE_CHECKING:
     from zerojax.measure.own_model import Model
@@ -87,8 +88,8 @@ class Reduction:
                 expected = self._outputs(model.apply, large)
             except Exception as error:
                 raise ValueError(
-                    f'apply: fails in float64 ({_reason(error)}), in which `make` is tried out; it '
-                    'must compute in whatever dtype its weights and inputs have'
+                    f'apply: fails in float64 ({first_line(error)}), in which `make` is tried out; '
+                    'it must compute in whatever dtype its weights and inputs have'
                 ) from error
             try:
                 assert model.make is not None
@@ -96,7 +97,7 @@ class Reduction:
                 found = self._outputs(self._apply, weights)
             except Exception as error:
                 raise ValueError(
-                    f'make: what it gives for {counts} fails ({_reason(error)})'
+                    f'make: what it gives for {counts} fails ({first_line(error)})'
                 ) from error
         if len(found) != len(expected) or not all(map(_same, found, expected)):
             raise ValueError(
@@ -110,10 +111,6 @@ class Reduction:
         """The large network's params in which these stand, both like the user's."""
         large = quotient.expand(self._model.nested(params), self._model.axes, self.orbits)
         return self._model.restored(large)
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _in_float64(x: Any) -> Any:

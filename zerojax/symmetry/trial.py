@@ -200,15 +200,19 @@ def _all_finite(arrays: Arrays) -> bool:
     return all(np.isfinite(x).all() for x in arrays if is_float(x.dtype))
 
 
+def first_line(error: Exception) -> str:
+    """Of what an exception says, or its kind if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def _check_precision(function: Callable[[Any], Any], weights: Arrays) -> None:
     """Raises ValueError if the function fails in float64, or rounds what it computes to less."""
     try:
         closed = jax.make_jaxpr(function)(weights)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f'apply: fails in float64, in which it is checked ({reason}); take its dtypes from its '
-            'params'
+            f'apply: fails in float64, in which it is checked ({first_line(error)}); take its '
+            'dtypes from its params'
         ) from error
     for eqn in equations_of(closed.jaxpr):
         if eqn.primitive.name == 'convert_element_type':
