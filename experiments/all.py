@@ -26,6 +26,11 @@ PAPER_SIZE = (
     '--config.determinism.mode=deterministic --config.dataset.eval_split=test[:500] '
     '--workdir=runs/experiments/curves_cifar'
 )
+DIVERSITY = (
+    'diversity --config=configs/cifar.py --unique=1,2,4,8,16 --scales=1e-4 --seeds=1 '
+    '--config.num_epochs=15 --config.optimizer.drop_at=(0.5,0.75,0.9) '
+    '--workdir=runs/experiments/diversity_cifar'
+)
 FASHION = (
     'images --config=configs/fashion_mnist.py:cpu --seeds=3 '
     '--workdir=runs/experiments/images_fashion_mnist'
@@ -49,10 +54,11 @@ MINUTES = {  # of each on two CPU cores; those of `images` are estimated from on
     'architectures': 5,
     'held_out': 60,
     PAPER_SIZE: 25,
+    DIVERSITY: 180,
     FASHION: 240,
     'images': 360,
 }
-ON_IMAGES = ('held_out', PAPER_SIZE, FASHION, 'images')
+ON_IMAGES = ('held_out', PAPER_SIZE, DIVERSITY, FASHION, 'images')
 
 
 def command(experiment: str, data_dir: str | None) -> list[str]:

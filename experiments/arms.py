@@ -121,7 +121,8 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
             series = [
                 [row[kind] for row in of_arm if row['seed'] == seed] for seed in (first, *others)
             ]
-            runs.plot_band(axes, steps, series, **runs.style(i), label=arm, lw=1.5)
+            look = {**runs.style(i), **runs.marks(i), 'label': arm, 'lw': 1.5}
+            runs.plot_band(axes, steps, series, **look)
         axes.set(xlabel='step')
     accuracy, width, forward, backward = panels.flat
     accuracy.set(ylabel='held-out accuracy', ylim=(0, 1.02))

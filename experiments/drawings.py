@@ -4,8 +4,8 @@
 
 Those of runs that take hours or a GPU, from the tables in docs/tables: a figure of each
 NAME_curves.csv (`ARMS`), gpu_steps.png of gpu_steps.csv (without runs whose features stay equal),
-and a table of how far predictions in the latter are off. And networks.png, the networks and their
-streams. DIR is docs/figures.
+and a table of how far predictions in the latter are off; diversity_cifar.png of
+diversity_cifar.csv. And networks.png, the networks and their streams. DIR is docs/figures.
 """
 
 import csv
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import arms, networks, runs
+from experiments import arms, diversity, networks, runs
 from zerojax.host import paths
 from zerojax.host.command import run_command
 from zerojax.host.stop import exit_on_signals
@@ -99,6 +99,15 @@ def draw_steps(rows: list[dict[str, Any]]) -> Figure:
     return figure
 
 
+def accuracies(rows: list[dict[str, Any]]) -> diversity.Accuracies:
+    """Of a table of `diversity` of one seed."""
+    return {
+        (row['noise'], key, int(row['unique features a stream'])): [row[f'accuracy, {where}']]
+        for row in rows
+        for key, where in diversity.WHERE.items()
+    }
+
+
 def run(argv: list[str]) -> None:
     """The command; `argv` are the program's name and the flags."""
     values = cli.text_flags(workdir=str(TABLES.parent / 'figures'))
@@ -108,6 +117,10 @@ def run(argv: list[str]) -> None:
     steps = read('gpu_steps.csv')
     drawn = {name: (title, arms.draw(read(f'{name}_curves.csv'))) for name, title in ARMS.items()}
     drawn['gpu_steps'] = f'{PAPERS}, one NVIDIA H200, where named H100', draw_steps(steps)
+    drawn['diversity_cifar'] = (
+        f'{PAPERS}, reduced',
+        diversity.draw(accuracies(read('diversity_cifar.csv'))),
+    )
     for name, (title, figure) in drawn.items():
         figure.suptitle(title)
         figure.savefig(workdir / f'{name}.png', dpi=110)

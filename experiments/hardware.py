@@ -62,7 +62,7 @@ def draw(experiment: runs.Experiment, found: dict[str, list[Trajectory]]) -> Non
     figure, (loss, asymmetry) = runs.new_figure(1, 2, width=12, height=5)
     asymmetry.set_yscale('log')
     for i, (arm, its_runs) in enumerate(found.items()):
-        look = {**runs.style(i), 'label': arm, 'lw': 1.5}
+        look = {**runs.style(i), **runs.marks(i), 'label': arm, 'lw': 1.5}
         steps = np.arange(1, len(its_runs[0].loss) + 1)
         runs.plot_band(loss, steps, [each.loss for each in its_runs], **look)
         if all((each.asymmetry > 0).all() for each in its_runs):

@@ -40,6 +40,7 @@ from zerojax.sweep import sweep
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#999999')
 STYLES = ('-', '--', ':')
+MARKERS = ('o', 's', '^', 'D', 'v', 'X', 'P')
 MAX_SEEDS = 1000
 
 
@@ -222,6 +223,15 @@ def style(index: int) -> dict[str, Any]:
     return {
         'color': COLORS[index % len(COLORS)],
         'linestyle': STYLES[index // len(COLORS) % len(STYLES)],
+    }
+
+
+def marks(index: int) -> dict[str, Any]:
+    """Marks for curve number `index`, at places of its own, that show it under others too."""
+    return {
+        'marker': MARKERS[index % len(MARKERS)],
+        'markersize': 5,
+        'markevery': (0.02 * (index % len(MARKERS)), 0.15),
     }
 
 

@@ -150,7 +150,7 @@ def draw(experiment: runs.Experiment, measured: dict[str, list[Measured]]) -> No
         for i, (network, per_seed) in enumerate(measured.items()):
             values = [list(seed[quantity].values()) for seed in per_seed]
             position = np.linspace(0, 1, len(values[0]))
-            look = {**runs.style(i), 'label': network, 'lw': 1.5}
+            look = {**runs.style(i), **runs.marks(i), 'label': network, 'lw': 1.5}
             runs.plot_band(axes, position.tolist(), values, **look)
     figure.legend(
         *panels[0, 0].get_legend_handles_labels(),

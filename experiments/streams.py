@@ -57,7 +57,7 @@ def draw(experiment: runs.Experiment, by_arm: dict[str, list[runs.FinishedRun]])
     figure, (accuracy, asymmetry) = runs.new_figure(1, 2, width=12, height=5)
     asymmetry.set_yscale('log')
     for i, (arm, its_runs) in enumerate(by_arm.items()):
-        look = {**runs.style(i), 'label': arm, 'lw': 1.5}
+        look = {**runs.style(i), **runs.marks(i), 'label': arm, 'lw': 1.5}
         steps = [line['step'] for line in its_runs[0].of_kind('eval')]
         curves = [[line['accuracy'] for line in run.of_kind('eval')] for run in its_runs]
         runs.plot_band(accuracy, steps, curves, **look)

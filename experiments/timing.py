@@ -34,7 +34,7 @@ def draw(experiment: runs.Experiment, found: dict[str, dict[int | None, list[Tra
         asymmetry.set_yscale('log')
         for i, (at_step, its_runs) in enumerate(found[shortcut].items()):
             label = 'never' if at_step is None else f'at step {at_step}'
-            look = {**runs.style(i), 'lw': 1.2, 'label': label}
+            look = {**runs.style(i), **runs.marks(i), 'lw': 1.2, 'label': label}
             steps = np.arange(1, len(its_runs[0].loss) + 1)
             runs.plot_band(loss, steps, [each.loss for each in its_runs], **look)
             if at_step is not None:

@@ -4,6 +4,7 @@ A block of Python that needs what is not here stands under `<!-- not run: REASON
 command, under `<!-- arguments: FLAGS -->`, with which it is run here.
 """
 
+import csv
 import importlib.util
 import json
 import os
@@ -18,6 +19,7 @@ import pytest
 from shell import ROOT, TOY, shell
 
 import zerojax
+from experiments import runs
 from zerojax.run import cli
 
 PAGES = sorted([ROOT / 'README.md', *(ROOT / 'docs').rglob('*.md')])
@@ -149,6 +151,20 @@ def test_commands_that_are_named_in_passing_exist():
     for page in PAGES:
         for name in re.findall(r'python -m ((?:zerojax|experiments)[\w.]*\w)', page.read_text()):
             assert name.endswith('.NAME') or importlib.util.find_spec(name), f'{page}: {name}'
+
+
+def test_tables_are_those_that_commands_wrote():
+    """One of docs/tables whose columns stand in a document stands there whole."""
+    texts = [page.read_text() for page in PAGES]
+    shown = set()
+    for file in (ROOT / 'docs' / 'tables').glob('*.csv'):
+        with open(file, newline='') as text:
+            table = runs.markdown(list(csv.DictReader(text)))
+        columns = table.splitlines()[0]
+        if any(columns in text for text in texts):
+            assert any(f'{table}\n\n' in text for text in texts), file.name
+            shown.add(file.stem)
+    assert {'cifar_arms', 'diversity_cifar', 'fashion_mnist_arms'} <= shown
 
 
 def test_each_public_module_is_in_the_reference_once():

@@ -42,7 +42,8 @@ def test_it_runs_every_experiment_and_says_first_what_each_costs(asked, capsys):
 def test_those_on_images_read_them_where_they_are(asked):
     all_experiments.run(['all', '--data_dir=there'])
     reading = {line[0] for line in asked if '--config.dataset.data_dir=there' in line}
-    assert reading == {f'experiments.{name}' for name in ('held_out', 'curves', 'images')}
+    names = ('held_out', 'curves', 'diversity', 'images')
+    assert reading == {f'experiments.{name}' for name in names}
     asked.clear()
     all_experiments.run(['all'])
     assert not any('data_dir' in word for line in asked for word in line)

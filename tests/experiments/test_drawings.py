@@ -9,7 +9,7 @@ from experiments import drawings
 
 def test_every_figure_is_drawn_from_what_is_committed(tmp_path, capsys):
     drawings.run(['drawings', f'--workdir={tmp_path}'])
-    names = {*drawings.ARMS, 'gpu_steps', 'networks'}
+    names = {*drawings.ARMS, 'diversity_cifar', 'gpu_steps', 'networks'}
     assert {file.name for file in tmp_path.iterdir()} == {f'{name}.png' for name in names}
     assert all(file.read_bytes()[:4] == b'\x89PNG' for file in tmp_path.iterdir())
     assert '| float32, injected 1e-3 | 151 | block3_0 |' in capsys.readouterr().out
