@@ -54,7 +54,7 @@ MINUTES = {  # of each on two CPU cores; those of `images` are estimated from on
     'architectures': 5,
     'held_out': 60,
     PAPER_SIZE: 25,
-    DIVERSITY: 180,
+    DIVERSITY: 130,
     FASHION: 240,
     'images': 360,
 }

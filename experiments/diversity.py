@@ -14,8 +14,8 @@ each pair of unique features and position of a kernel. In the large network all 
 pair get the same, as of kind 'unequal_init'. So a sum over n features gets noise that grows as
 n / sqrt(m), not as sqrt(n): the fewer are unique, the more comes through.
 
-3 seeds on the digits, in nine minutes on two CPU cores; the second command, on CIFAR-10, in three
-hours. See `experiments.runs` for flags and restarts.
+3 seeds on the digits, in nine minutes on two CPU cores; the second command, on CIFAR-10, in two
+hours on one. See `experiments.runs` for flags and restarts.
 """
 
 import dataclasses
