@@ -20,12 +20,13 @@ from zerojax.host.stop import exit_on_signals
 from zerojax.host.terminal import say
 from zerojax.run import cli
 
-PAPER_SIZE = (
-    'curves --config=configs/cifar.py --config.num_epochs=None --config.num_steps=60 '
-    '--config.optimizer.drop_at=() '
+PAPER_SIZE = [
+    'curves --config=configs/cifar.py --config.num_epochs=None --config.num_steps=200 '
+    f'--config.optimizer.drop_at=() --config.model.shortcut={shortcut} '
     '--config.determinism.mode=deterministic --config.dataset.eval_split=test[:500] '
-    '--workdir=runs/experiments/curves_cifar'
-)
+    f'--workdir=runs/experiments/curves_cifar_{shortcut}'
+    for shortcut in ('post_relu', 'pre_relu')
+]
 DIVERSITY = (
     'diversity --config=configs/cifar.py --unique=1,2,4,8,16 --scales=1e-4 --seeds=1 '
     '--config.num_epochs=15 --config.optimizer.drop_at=(0.5,0.75,0.9) '
@@ -50,15 +51,15 @@ MINUTES = {  # of each on two CPU cores; those of `images` are estimated from on
     'streams': 10,
     'diversity': 9,
     'phase': 20,
-    'curves': 2,
+    'curves': 3,
     'architectures': 5,
     'held_out': 60,
-    PAPER_SIZE: 25,
+    **dict.fromkeys(PAPER_SIZE, 120),
     DIVERSITY: 130,
     FASHION: 240,
     'images': 360,
 }
-ON_IMAGES = ('held_out', PAPER_SIZE, DIVERSITY, FASHION, 'images')
+ON_IMAGES = ('held_out', *PAPER_SIZE, DIVERSITY, FASHION, 'images')
 
 
 def command(experiment: str, data_dir: str | None) -> list[str]:

@@ -310,13 +310,30 @@ def test_curves(experiment, fake, monkeypatch):
     monkeypatch.setattr(Laboratory, 'predict', lambda self, seed, scales: predicted)
     curves.run(experiment)
     rows = table(experiment)
-    assert [(row['stream'], row['seed']) for row in rows[:4]] == [
-        ('stem', '0'), ('block2_0', '0'), ('stem', '1'), ('block2_0', '1'),
-    ]  # fmt: skip
+    runs_of_seed = [*curves.SCALES, curves.ORDER]
+    assert [(row['run'], row['stream']) for row in rows] == [
+        (f'{run}, seed {seed}', stream)
+        for seed in range(2)
+        for run in runs_of_seed
+        for stream in of_streams
+    ]
     for row in rows:
         off = '0.00' if row['stream'] == 'stem' else '1.00'
+        off = '-' if row['run'].startswith(curves.ORDER) else off
         for method in trajectories.METHODS:
             assert (row[f'{method}, median'], row[f'{method}, largest']) == (off, off)
+    with open(experiment.workdir / 'steps.csv') as file:
+        steps = list(csv.DictReader(file))
+    assert len(steps) == 2 * len(runs_of_seed) * STEPS
+    assert [row['step'] for row in steps[:STEPS]] == [str(i + 1) for i in range(STEPS)]
+    assert float(steps[STEPS - 1]['linear: stem']) == pytest.approx(1)
+    assert (experiment.workdir / 'figure.png').exists()
+
+
+def test_a_prediction_that_is_not_finite_at_a_step_is_infinitely_wrong_there():
+    measured = np.array([1e-3, 1e-3, 0.0, 1e-3])
+    predicted = np.array([1e-2, np.nan, 1e-3, np.inf])
+    np.testing.assert_allclose(curves.log_errors(measured, predicted), [1, np.inf, np.inf, np.inf])
 
 
 def test_a_median_that_never_comes_is_no_error_if_neither_does():
