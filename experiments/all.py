@@ -37,6 +37,7 @@ FASHION = (
     '--workdir=runs/experiments/images_fashion_mnist'
 )
 MINUTES = {  # of each on two CPU cores; those of `images` are estimated from one epoch
+    'contrast': 5,
     'arms': 15,
     'leakynet': 30,
     'unique_features': 3,

@@ -13,7 +13,17 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from experiments import arms, images, leakynet, lottery, runs, signal, streams, unique_features
+from experiments import (
+    arms,
+    contrast,
+    images,
+    leakynet,
+    lottery,
+    runs,
+    signal,
+    streams,
+    unique_features,
+)
 from zerojax.host.errors import UsageError
 from zerojax.run import many
 
@@ -150,6 +160,23 @@ def test_images_have_the_seeds_of_the_contrast_and_one_for_the_rest(experiment, 
     assert (first['step'], second['step']) == ('0', '3')
     assert float(first['forward']) == float(first['backward']) == 0, 'features are equal'
     assert float(second['backward']) == pytest.approx(-np.log(0.2))
+    assert (experiment.workdir / 'figure.png').exists()
+
+
+def test_the_contrast_is_told_seed_by_seed(experiment):
+    contrast.run(experiment)
+    with open(experiment.workdir / 'table.csv') as file:
+        rows = list(csv.DictReader(file))
+    assert [(row['arm'], row['seed']) for row in rows] == [
+        (arm, seed) for arm in contrast.ARMS for seed in '01'
+    ]
+    for row in rows:
+        if row['arm'] == 'none':
+            assert row['asymmetry'] == '0 exactly' and row['broken at step'] == 'never'
+            assert row['unique features of the streams'] == '1'
+        else:
+            assert float(row['asymmetry']) > 0 and row['broken at step'] == '0'
+            assert row['unique features of the streams'] == '16, 32, 64'
     assert (experiment.workdir / 'figure.png').exists()
 
 
