@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from zerojax.host import terminal
-from zerojax.host.errors import RunError, UsageError
+from zerojax.host.errors import RunError, UsageError, first_line
 from zerojax.host.stop import Stopped
 
 
@@ -87,7 +87,7 @@ def ending(command: Callable[[], object]) -> tuple[int, str]:
             f'error: {where}{error.strerror or error}; mend that, and the same command goes on'
         )
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        reason = (str(error).splitlines() or ['MemoryError'])[0]
+        reason = first_line(error)
         out_of_memory = 'Out of memory' in reason or 'RESOURCE_EXHAUSTED' in reason
         if not (isinstance(error, MemoryError) or out_of_memory):
             raise

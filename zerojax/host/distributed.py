@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from zerojax.host import terminal
-from zerojax.host.errors import UsageError
+from zerojax.host.errors import UsageError, first_line
 
 TIMEOUT = 300  # seconds in which all processes must have come
 END_TIMEOUT = 60  # seconds in which all must leave, after which JAX aborts those that have not
@@ -66,7 +66,7 @@ def start(where: str, timeout: int = TIMEOUT) -> None:
             **arguments, initialization_timeout=timeout + 60, shutdown_timeout_seconds=END_TIMEOUT
         )
     except (RuntimeError, ValueError) as error:
-        raise UsageError(f'--distributed={where}: {str(error).splitlines()[0]}') from error
+        raise UsageError(f'--distributed={where}: {first_line(error)}') from error
     finally:
         watch.cancel()
 

@@ -1,4 +1,4 @@
-"""The two ways in which a run can end badly; `main` turns them into exit statuses."""
+"""The ways in which a run can end badly; commands turn them into exit statuses and one line."""
 
 
 class UsageError(ValueError):
@@ -14,3 +14,8 @@ class RunError(RuntimeError):
 
 class DamagedCheckpoint(RunError):
     """A checkpoint cannot be read, or none that can is left."""
+
+
+def first_line(error: BaseException) -> str:
+    """Of what another's exception says, or its type's name if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

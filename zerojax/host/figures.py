@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from zerojax.host import objectstore, terminal
+from zerojax.host.errors import first_line
 from zerojax.host.records import Record, replace_file
 
 
@@ -33,8 +34,8 @@ def try_to_draw(path: pathlib.Path, draw: Callable[[], object]) -> bool:
     try:
         draw()
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [''])[0]
-        terminal.complain(f'note: {path} could not be drawn ({type(error).__name__}: {reason})')
+        kind = type(error).__name__
+        terminal.complain(f'note: {path} could not be drawn ({kind}: {first_line(error)})')
         return False
     return True
 

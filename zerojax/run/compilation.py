@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from zerojax.host.errors import first_line
 from zerojax.measure import hlo
 from zerojax.run import checks, data
 from zerojax.run.program import Program
@@ -107,6 +108,6 @@ def compile_step(config: ConfigDict, dataset: data.Dataset, target: Target) -> A
     try:
         executable = lowered.compile()
     except Exception as error:  # compilers raise many kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         return Attempt(target.backend, time.monotonic() - began, reason=reason)
     return Attempt(target.backend, time.monotonic() - began, executable)

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from zerojax.config import DATASETS
 from zerojax.host import paths
-from zerojax.host.errors import UsageError
+from zerojax.host.errors import UsageError, first_line
 from zerojax.host.objectstore import SCHEME
 
 
@@ -87,7 +87,7 @@ def _load_digits(train_split: str, eval_split: str) -> Dataset:
         digits = load_digits()
     except Exception as error:  # gzip, zlib and NumPy raise many kinds
         raise UsageError(
-            f"dataset.name='digits': scikit-learn's copy cannot be read ({_reason(error)}); "
+            f"dataset.name='digits': scikit-learn's copy cannot be read ({first_line(error)}); "
             'install scikit-learn anew'
         ) from error
     images = digits.images.astype(np.uint8)[..., None]  # 0 to 16
@@ -130,7 +130,7 @@ def _open_tfds(name: str, data_dir: str | None) -> Any:
         return tfds.builder(name, data_dir=data_dir)
     except Exception as error:  # of a damaged dataset_info.json, TFDS raises many kinds
         root = data_dir or tfds.core.constants.DATA_DIR
-        raise _damaged(f'{root}/{name}', _reason(error)) from error
+        raise _damaged(f'{root}/{name}', first_line(error)) from error
 
 
 def _damaged(folder: Any, reason: str) -> UsageError:
@@ -138,11 +138,6 @@ def _damaged(folder: Any, reason: str) -> UsageError:
         f'dataset.data_dir: {folder} cannot be read ({reason}); '
         'prepare the set again in another folder'
     )
-
-
-def _reason(error: Exception) -> str:
-    """The first line of its message, or its name if it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _read_tfds(builder: Any, field: str, split: str) -> Split:
@@ -156,7 +151,7 @@ def _read_tfds(builder: Any, field: str, split: str) -> Split:
         splits = ', '.join(builder.info.splits)
         raise UsageError(
             f"{where}: not a split of {builder.name} (splits: {splits}; parts as 'train[:5000]'): "
-            f'{_reason(error)}'
+            f'{first_line(error)}'
         ) from error
     if num_examples == 0:
         raise UsageError(f'{where}: holds no examples')
@@ -177,7 +172,7 @@ def _read_tfds(builder: Any, field: str, split: str) -> Split:
     except UsageError:
         raise
     except Exception as error:  # a damaged set fails in many ways: array_record, PIL, TFDS
-        raise _damaged(builder.data_path, _reason(error)) from error
+        raise _damaged(builder.data_path, first_line(error)) from error
 
 
 def _check_shards(shards: Any) -> None:
@@ -250,7 +245,7 @@ def _prepare_tfds(builder: Any, data_dir: str | None) -> None:
         )
     except Exception as error:  # network, disk, checksum: TFDS raises many kinds
         raise UsageError(
-            f'{failed} and preparing it failed ({_reason(error)}): {advice}'
+            f'{failed} and preparing it failed ({first_line(error)}): {advice}'
         ) from error
 
 
@@ -350,7 +345,7 @@ def _number_of_examples(splits: dict[str, int], field: str, split: str) -> int:
     except Exception as error:  # TFDS raises many kinds for a bad split expression
         raise UsageError(
             f'dataset.{field}={split!r}: must be a split (splits: {", ".join(splits)}; parts as '
-            f"'train[:5000]'): {_reason(error)}"
+            f"'train[:5000]'): {first_line(error)}"
         ) from error
     if count == 0:
         raise UsageError(f'dataset.{field}={split!r}: holds no examples')

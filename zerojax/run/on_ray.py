@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 
-from zerojax.host.errors import UsageError
+from zerojax.host.errors import UsageError, first_line
 from zerojax.host.manifest import VARIABLES
 from zerojax.run.worker import Lost, Outcome, Task, train_task
 
@@ -41,7 +41,7 @@ def connect(address: str | None) -> Iterator['OnRay']:
     except (
         ValueError, ConnectionError, RuntimeError, ImportError, ray.exceptions.RayError
     ) as error:  # fmt: skip
-        reason = str(error).partition('\n')[0]
+        reason = first_line(error)
         raise UsageError(f'{flag}: no Ray cluster can be had ({reason})') from error
     finally:
         for number, handler in handlers.items():
@@ -152,7 +152,7 @@ class OnRay:
                 'they run, of the same version'
             ) from error
         except ray.exceptions.RayError as error:
-            return Lost(str(error).partition('\n')[0])
+            return Lost(first_line(error))
         return outcome
 
     def stop(self, tickets: list[Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from zerojax.host.errors import UsageError
+from zerojax.host.errors import UsageError, first_line
 from zerojax.measure.accelerators import GPUS, TPUS, Accelerator
 from zerojax.run.checks import host_memory
 
@@ -140,7 +140,7 @@ def _loading(text: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UsageError(
             f'--target={text}: jax {jax.__version__} cannot describe it ({reason}); install the '
             f"versions that belong together, pip install -U 'zerojax[{text.partition(':')[0]}]'"
