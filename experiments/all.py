@@ -21,8 +21,8 @@ from zerojax.host.terminal import say
 from zerojax.run import cli
 
 PAPER_SIZE = [
-    'curves --config=configs/cifar.py --config.num_epochs=None --config.num_steps=200 '
-    f'--config.optimizer.drop_at=() --config.model.shortcut={shortcut} '
+    'curves --features=8,16,32 --config=configs/cifar.py --config.num_epochs=None '
+    f'--config.num_steps=200 --config.optimizer.drop_at=() --config.model.shortcut={shortcut} '
     '--config.determinism.mode=deterministic --config.dataset.eval_split=test[:500] '
     f'--workdir=runs/experiments/curves_cifar_{shortcut}'
     for shortcut in ('post_relu', 'pre_relu')
@@ -55,7 +55,7 @@ MINUTES = {  # of each on two CPU cores; those of `images` are estimated from on
     'curves': 3,
     'architectures': 5,
     'held_out': 60,
-    **dict.fromkeys(PAPER_SIZE, 120),
+    **dict.fromkeys(PAPER_SIZE, 150),
     DIVERSITY: 130,
     FASHION: 240,
     'images': 360,

@@ -1,15 +1,17 @@
 """How close are predicted curves of asymmetry to those of the run, stream by stream?
 
-    python -m experiments.curves
-    python -m experiments.curves --config=configs/cifar.py --config.num_epochs=None \\
-        --config.num_steps=200 --config.optimizer.drop_at='()' \\
+    python -m experiments.curves [--features=8]
+    python -m experiments.curves --features=8,16,32 --config=configs/cifar.py \\
+        --config.num_epochs=None --config.num_steps=200 --config.optimizer.drop_at='()' \\
         --config.determinism.mode=deterministic --config.dataset.eval_split='test[:500]'
 
 Gaussian noise of 1e-3 and of 1e-6 on the initial weights, and, without a prediction, an emulated
-order of additions in every step. At the paper's size, the second command, few steps can be had and
+order of additions in every step. The prediction is made by reduced networks of so many features a
+stream, and by linear theory. At the paper's size, the second command, few steps can be had and
 most of them lie before an onset, so the measure is the difference of log10 of the asymmetry, at
-each step; steps.csv has them all. One seed; on the digits in three minutes on two CPU cores, at
-the paper's size two hours. See `experiments.runs` for flags and restarts.
+each step; steps.csv has them all, onsets.csv the onsets. One seed; on the digits in three minutes
+on two CPU cores, at the paper's size two and a half hours. See `experiments.runs` for flags and
+restarts.
 """
 
 import sys
@@ -20,42 +22,50 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments import runs
-from experiments.trajectories import METHODS, Laboratory, Trajectory
+from experiments.trajectories import FEATURES, Laboratory, Trajectory, first_at_least
 from zerojax.host import records
+from zerojax.host.terminal import say
 from zerojax.measure.prediction import Curves
+from zerojax.measure.stability import ONSET
 from zerojax.perturb import Perturbation
 
 SCALES = {'noise of 1e-3': 1e-3, 'noise of 1e-6': 1e-6}
 ORDER = 'order of additions'
-STYLES = {'{}': ('-', 1.5), 'reduced: {}': (':', 2.5), 'linear: {}': ('--', 1)}  # of columns
+LINEAR = 'linear'
 
 
 def steps_of(
-    run: str, trajectory: Trajectory, predicted: dict[str, Curves]
+    run: str, trajectory: Trajectory, predicted: dict[str, Curves | None]
 ) -> list[dict[str, Any]]:
-    """A row a step: loss, each stream's asymmetry, and what each method of prediction says.
+    """A row a step: loss, each stream's asymmetry, and what each method of prediction says of it.
 
     NaN where that says nothing.
     """
     columns = trajectory.by_stream.copy()
-    for method in METHODS:
+    for method, curves in predicted.items():
         for stream, curve in trajectory.by_stream.items():
             nothing = np.full(len(curve), np.nan)
-            of_method = predicted.get(method)
             with np.errstate(over='ignore'):
-                columns[f'{method}: {stream}'] = (
-                    nothing if of_method is None else np.exp(of_method[stream][1:])
-                )
+                of_stream = nothing if curves is None else np.exp(curves[stream][1:])
+            columns[f'{method}: {stream}'] = of_stream
     return [
-        {'run': run, 'step': step + 1, 'loss': loss}
-        | {name: x[step] for name, x in columns.items()}
-        for step, loss in enumerate(trajectory.loss)
+        {'run': run, 'step': i + 1, 'loss': loss} | {name: x[i] for name, x in columns.items()}
+        for i, loss in enumerate(trajectory.loss)
     ]
+
+
+def methods(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Those of prediction that rows of `steps_of` have."""
+    return list(dict.fromkeys(name.split(': ')[0] for name in rows[0] if ': ' in name))
 
 
 def streams(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Those of which rows of `steps_of` have the asymmetry."""
-    return [name for name in rows[0] if f'{METHODS[0]}: {name}' in rows[0]]
+    return list(dict.fromkeys(name.split(': ')[1] for name in rows[0] if ': ' in name))
+
+
+def column(rows: Sequence[dict[str, Any]], name: str) -> np.ndarray:
+    return np.array([row[name] for row in rows], np.float64)
 
 
 def by_run(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -74,11 +84,11 @@ def log_errors(measured: np.ndarray, predicted: np.ndarray) -> np.ndarray:
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row a run and stream: its asymmetry, and how far each method's predictions are off."""
+    """A row a run and stream: its asymmetry, and how far each method is off, median and largest."""
     found = []
     for run, of_run in by_run(rows).items():
         for stream in streams(rows):
-            curve = np.array([row[stream] for row in of_run])
+            curve = column(of_run, stream)
             row = {
                 'run': run,
                 'steps': len(curve),
@@ -86,14 +96,33 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 'asymmetry after step 1': f'{curve[0]:.1e}',
                 'at the end': f'{curve[-1]:.1e}',
             }
-            for method in METHODS:
-                predicted = np.array([row[f'{method}: {stream}'] for row in of_run])
+            for method in methods(rows):
+                predicted = column(of_run, f'{method}: {stream}')
                 off = log_errors(curve, predicted)
-                for name, of_all in (('median', np.median), ('largest', np.max)):
-                    none = np.isnan(predicted).all()
-                    row[f'{method}, {name}'] = '-' if none else f'{of_all(off):.2f}'
+                none = np.isnan(predicted).all()
+                row[method] = '-' if none else f'{np.median(off):.2f}, {off.max():.2f}'
             found.append(row)
     return found
+
+
+def onsets(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row a run: its onset (see `Trajectory.onset`), and the one that each method predicts."""
+
+    def onset(of_run: list[dict[str, Any]], prefix: str) -> str:
+        curves = np.array([column(of_run, prefix + stream) for stream in streams(rows)])
+        if np.isnan(curves).all():
+            return '-'
+        step = first_at_least(np.fmax.reduce(curves), ONSET)
+        return 'never' if step is None else str(step)
+
+    return [
+        {
+            'run': run,
+            'onset': onset(of_run, ''),
+            **{method: onset(of_run, f'{method}: ') for method in methods(rows)},
+        }
+        for run, of_run in by_run(rows).items()
+    ]
 
 
 def draw(rows: Sequence[dict[str, Any]], across: int) -> Figure:
@@ -103,47 +132,63 @@ def draw(rows: Sequence[dict[str, Any]], across: int) -> Figure:
     figure, panels = runs.new_figure(down, across, width=4 * across, height=1 + 3.5 * down)
     panels = np.ravel(panels)
     last = max(row['step'] for row in rows)
+    *_, reduced = (method for method in methods(rows) if method != LINEAR)
+    styles = {'': ('-', 1.5), f'{reduced}: ': (':', 2.5), f'{LINEAR}: ': ('--', 1)}
     for axes in panels[len(found) :]:
         axes.set_visible(False)
     for axes, (name, of_run) in zip(panels, found.items(), strict=False):
         steps = [row['step'] for row in of_run]
-        measured = np.array([[row[stream] for stream in streams(rows)] for row in of_run])
+        measured = np.array([column(of_run, stream) for stream in streams(rows)])
         for i, stream in enumerate(streams(rows)):
-            for column, (style, width) in STYLES.items():
+            for prefix, (style, width) in styles.items():
+                curve = column(of_run, prefix + stream)
                 # Of a prediction only what is an asymmetry: below 1.
-                curve = np.array([row[column.format(stream)] for row in of_run])
                 curve[(curve <= 0) | (curve > 1)] = np.nan
                 color = runs.COLORS[i % len(runs.COLORS)]
-                label = stream if column == '{}' else None
+                label = None if prefix else stream
                 axes.plot(steps, curve, style, color=color, lw=width, label=label)
         least = 10 ** np.floor(np.log10(np.min(measured[measured > 0], initial=0.1)))
         axes.set(yscale='log', ylim=(least, 1), xlim=(0, last), xlabel='step', ylabel='asymmetry')
         axes.set_title(name.replace(' (', '\n('), fontsize=10)
     figure.legend(
         *panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=5, frameon=False,
-        title='line: the run; dots: reduced network; dashes: linear prediction',
+        title=f'line: the run; dots: {reduced}; dashes: linear prediction',
     )  # fmt: skip
     return figure
 
 
 def run(experiment: runs.Experiment) -> None:
+    features = runs.counts(experiment, 'features', least=2)
     laboratory = Laboratory(experiment.config, experiment.workdir / 'runs')
     seeds = range(experiment.seeds)
-    predicted = [laboratory.predict(seed, list(SCALES.values())) for seed in seeds]
+    scales = list(SCALES.values())
+    predicted = {m: [laboratory.predict(seed, scales, m) for seed in seeds] for m in features}
     arms = {name: Perturbation('gaussian', scale) for name, scale in SCALES.items()}
     measured = laboratory.run_arms(arms | {ORDER: Perturbation('order')}, experiment.seeds)
+
+    def of_arm(found: list[Curves], arm: str) -> Curves | None:
+        return found[list(SCALES).index(arm)] if arm in SCALES else None
+
     rows = []
     for seed in seeds:
-        for i, (arm, trajectories) in enumerate(measured.items()):
-            of_arm = {m: predicted[seed][m][i] for m in METHODS} if arm in SCALES else {}
-            rows += steps_of(f'{arm}, seed {seed}', trajectories[seed], of_arm)
+        for arm, trajectories in measured.items():
+            its_predictions = {LINEAR: of_arm(predicted[features[0]][seed]['linear'], arm)}
+            for m in features:
+                its_predictions[f'reduced, {m} features'] = of_arm(
+                    predicted[m][seed]['reduced'], arm
+                )
+            rows += steps_of(f'{arm}, seed {seed}', trajectories[seed], its_predictions)
     shown = [
         {name: f'{x:.5g}' if isinstance(x, float) else x for name, x in row.items()} for row in rows
     ]
     records.write_csv(experiment.workdir / 'steps.csv', shown)
+    records.write_csv(experiment.workdir / 'onsets.csv', onsets(rows))
     runs.save_figure(experiment, draw(rows, across=len(measured)))
+    say(f'\n{runs.markdown(onsets(rows))}')
     runs.write_table(experiment, summary(rows))
 
 
 if __name__ == '__main__':
-    sys.exit(runs.main(run, __doc__, seeds=1, config_file='configs/onset.py'))
+    sys.exit(
+        runs.main(run, __doc__, seeds=1, config_file='configs/onset.py', features=str(FEATURES))
+    )

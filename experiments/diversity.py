@@ -93,18 +93,6 @@ class DiverseNetwork:
         )['accuracy']
 
 
-def parse_unique(text: str) -> list[int]:
-    """The numbers of features that --unique names, rising, each once.
-
-    Raises:
-        UsageError: they are none.
-    """
-    words = text.split(',')
-    if not all(x.isascii() and x.isdigit() and len(x) < 10 and int(x) > 0 for x in words):
-        raise UsageError(f'--unique={text}: must be whole numbers of at least 1, as 1,2,4')
-    return sorted({int(x) for x in words})
-
-
 def measure(
     experiment: runs.Experiment, laboratory: Laboratory, unique: list[int], scales: list[float]
 ) -> Accuracies:
@@ -150,7 +138,7 @@ def draw(found: Accuracies) -> Figure:
 
 
 def run(experiment: runs.Experiment) -> None:
-    unique = parse_unique(experiment.flags['unique'])
+    unique = runs.counts(experiment, 'unique', least=1)
     scales = parse_scales(experiment.flags['scales'], experiment.config)
     check_predictable(runs.changed(experiment.config, **{'perturbation.kind': 'gaussian'}))
     config = runs.changed(experiment.config, **{'determinism.mode': 'deterministic'})

@@ -101,6 +101,21 @@ def main(
     return run_command(run_experiment, sys.argv, documentation, exit_on_signals)
 
 
+def counts(experiment: Experiment, name: str, *, least: int) -> list[int]:
+    """The whole numbers that a flag of the experiment's own names, rising, each once.
+
+    Raises:
+        UsageError: they are none, or one is less than `least`.
+    """
+    text = experiment.flags[name]
+    words = text.split(',')
+    if not all(x.isascii() and x.isdigit() and len(x) < 10 and int(x) >= least for x in words):
+        raise UsageError(
+            f'--{name}={text}: must be whole numbers of at least {least}, as {least},{2 * least}'
+        )
+    return sorted({int(x) for x in words})
+
+
 def changed(config: ConfigDict, **fields: Any) -> ConfigDict:
     """A copy of the config with other values; fields are named 'model.depth' and so on."""
     copy = config.copy_and_resolve_references()

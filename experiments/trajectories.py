@@ -155,8 +155,15 @@ class Laboratory:
             records.write_json(file, fields | result)
         return records.read_json(file, list(fields))
 
-    def predict(self, seed: int, scales: Sequence[float]) -> dict[str, list[Curves]]:
+    def predict(
+        self, seed: int, scales: Sequence[float], features: int = FEATURES
+    ) -> dict[str, list[Curves]]:
         """For Gaussian noise of a seed, what small networks say of the run with each scale.
+
+        Args:
+            seed: of the run and its noise.
+            scales: of the noise.
+            features: of a stream of the reduced network.
 
         Returns:
             'linear' and 'reduced' (see `Predictor`): for each scale the natural logarithm of each
@@ -166,7 +173,7 @@ class Laboratory:
         def compute() -> records.Record:
             noise = {'perturbation.kind': 'gaussian', 'perturbation.seed': seed}
             config = runs.changed(self.config, seed=seed, **noise)
-            predictor = Predictor(config, self.dataset, self.config.num_steps, FEATURES)
+            predictor = Predictor(config, self.dataset, self.config.num_steps, features)
             own = predictor.noise(seed)
             curves = {
                 'linear': [predictor.linear(scale) for scale in scales],
@@ -176,7 +183,7 @@ class Laboratory:
                 lambda log: [x if math.isfinite(x) else None for x in log.tolist()], curves
             )
 
-        fields = {'predict': 'streams', 'features': FEATURES, 'scales': list(scales)}
+        fields = {'predict': 'streams', 'features': features, 'scales': list(scales)}
         found = self.remember(compute, seed=seed, **fields)
         return {
             method: [

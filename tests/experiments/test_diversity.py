@@ -99,14 +99,7 @@ def test_what_no_reduced_network_is_equal_to_is_refused(field, value, experiment
         diversity.run(experiment)
 
 
-@pytest.mark.parametrize('unique', ['', '0', '1,', '-1', '1.5', 'all'])
-def test_numbers_of_features_are_whole(unique):
-    with pytest.raises(UsageError, match=f'--unique={unique}: must be whole numbers'):
-        diversity.parse_unique(unique)
-
-
-def test_numbers_of_features_rise_and_are_no_more_than_there_are(experiment):
-    assert diversity.parse_unique('4,1,4') == [1, 4]
+def test_numbers_of_features_are_no_more_than_there_are(experiment):
     more = dataclasses.replace(experiment, flags={'unique': '1,9', 'scales': '1e-4'})
     with pytest.raises(UsageError, match='--unique=1,9: must be at most 8'):
         diversity.run(more)

@@ -1,6 +1,7 @@
 """Experiments are restartable, notice a changed config, and end in tables and figures."""
 
 import csv
+import dataclasses
 import json
 import os
 import pathlib
@@ -161,6 +162,18 @@ def test_images_have_the_seeds_of_the_contrast_and_one_for_the_rest(experiment, 
     assert float(first['forward']) == float(first['backward']) == 0, 'features are equal'
     assert float(second['backward']) == pytest.approx(-np.log(0.2))
     assert (experiment.workdir / 'figure.png').exists()
+
+
+@pytest.mark.parametrize('text', ['', '1', '2,', '-2', '2.5', 'all'])
+def test_numbers_of_a_flag_are_whole(text, experiment):
+    asked = dataclasses.replace(experiment, flags={'features': text})
+    with pytest.raises(UsageError, match=f'--features={text}: must be whole numbers of at least 2'):
+        runs.counts(asked, 'features', least=2)
+
+
+def test_numbers_of_a_flag_rise(experiment):
+    asked = dataclasses.replace(experiment, flags={'features': '4,2,4'})
+    assert runs.counts(asked, 'features', least=2) == [2, 4]
 
 
 def test_the_contrast_is_told_seed_by_seed(experiment):

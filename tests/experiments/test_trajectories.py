@@ -1,6 +1,7 @@
 """Short runs beside `zerojax.run.train`, and the experiments that are made of them."""
 
 import csv
+import dataclasses
 import functools
 import json
 import math
@@ -304,10 +305,14 @@ def test_held_out(experiment, fake, monkeypatch):
 
 def test_curves(experiment, fake, monkeypatch):
     """Predicted is ten times what is measured in one stream, and the very thing in the other."""
+    experiment = dataclasses.replace(experiment, flags={'features': '8,2'})
     log = np.concatenate([[-9.0], np.log(np.geomspace(1e-3, 1, STEPS))])
-    of_streams = {'stem': log, 'block2_0': log}
-    predicted = {'linear': [of_streams] * 2, 'reduced': [of_streams] * 2}
-    monkeypatch.setattr(Laboratory, 'predict', lambda self, seed, scales: predicted)
+
+    def predict(self, seed, scales, features):
+        of_streams = {'stem': log, 'block2_0': log + np.log(features / 2)}
+        return {'linear': [{'stem': log, 'block2_0': log}] * 2, 'reduced': [of_streams] * 2}
+
+    monkeypatch.setattr(Laboratory, 'predict', predict)
     curves.run(experiment)
     rows = table(experiment)
     runs_of_seed = [*curves.SCALES, curves.ORDER]
@@ -315,18 +320,28 @@ def test_curves(experiment, fake, monkeypatch):
         (f'{run}, seed {seed}', stream)
         for seed in range(2)
         for run in runs_of_seed
-        for stream in of_streams
+        for stream in ('stem', 'block2_0')
     ]
     for row in rows:
-        off = '0.00' if row['stream'] == 'stem' else '1.00'
-        off = '-' if row['run'].startswith(curves.ORDER) else off
-        for method in trajectories.METHODS:
-            assert (row[f'{method}, median'], row[f'{method}, largest']) == (off, off)
+        off = ['0.00', '0.00', '0.00'] if row['stream'] == 'stem' else ['1.00', '1.00', '1.60']
+        if row['run'].startswith(curves.ORDER):
+            off = ['-', '-', '-']
+        for method, expected in zip(
+            ('linear', 'reduced, 2 features', 'reduced, 8 features'), off, strict=True
+        ):
+            assert row[method] in (expected, f'{expected}, {expected}')
     with open(experiment.workdir / 'steps.csv') as file:
         steps = list(csv.DictReader(file))
     assert len(steps) == 2 * len(runs_of_seed) * STEPS
     assert [row['step'] for row in steps[:STEPS]] == [str(i + 1) for i in range(STEPS)]
     assert float(steps[STEPS - 1]['linear: stem']) == pytest.approx(1)
+    with open(experiment.workdir / 'onsets.csv') as file:
+        onsets = list(csv.DictReader(file))
+    assert [row['run'] for row in onsets] == [row['run'] for row in rows[::2]]
+    assert [row['linear'] for row in onsets[: len(runs_of_seed)]] == [onsets[0]['linear']] * 2 + [
+        '-'
+    ]
+    assert int(onsets[0]['reduced, 8 features']) < int(onsets[0]['reduced, 2 features'])
     assert (experiment.workdir / 'figure.png').exists()
 
 
