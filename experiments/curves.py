@@ -3,7 +3,8 @@
     python -m experiments.curves [--features=8]
     python -m experiments.curves --features=8,16,32 --config=configs/cifar.py \\
         --config.num_epochs=None --config.num_steps=200 --config.optimizer.drop_at='()' \\
-        --config.determinism.mode=deterministic --config.dataset.eval_split='test[:500]'
+        --config.determinism.mode=deterministic --config.dataset.eval_split='test[:500]' \\
+        --workdir=runs/experiments/curves_cifar
 
 Gaussian noise of 1e-3 and of 1e-6 on the initial weights, and, without a prediction, an emulated
 order of additions in every step. The prediction is made by reduced networks of so many features a
@@ -25,31 +26,32 @@ from experiments import runs
 from experiments.trajectories import FEATURES, Laboratory, Trajectory, first_at_least
 from zerojax.host import records
 from zerojax.host.terminal import say
-from zerojax.measure.prediction import Curves
+from zerojax.measure.prediction import ALONE, Curves
 from zerojax.measure.stability import ONSET
 from zerojax.perturb import Perturbation
 
 SCALES = {'noise of 1e-3': 1e-3, 'noise of 1e-6': 1e-6}
 ORDER = 'order of additions'
 LINEAR = 'linear'
+LARGEST = 2.0  # that an asymmetry can be, see `zerojax.symmetry.asymmetry`
 
 
 def steps_of(
-    run: str, trajectory: Trajectory, predicted: dict[str, Curves | None]
+    name: str, trajectory: Trajectory, predicted: dict[str, Curves | None]
 ) -> list[dict[str, Any]]:
     """A row a step: loss, each stream's asymmetry, and what each method of prediction says of it.
 
     NaN where that says nothing.
     """
     columns = trajectory.by_stream.copy()
-    for method, curves in predicted.items():
+    for method, logs in predicted.items():
         for stream, curve in trajectory.by_stream.items():
             nothing = np.full(len(curve), np.nan)
             with np.errstate(over='ignore'):
-                of_stream = nothing if curves is None else np.exp(curves[stream][1:])
+                of_stream = nothing if logs is None else np.exp(logs[stream][1:])
             columns[f'{method}: {stream}'] = of_stream
     return [
-        {'run': run, 'step': i + 1, 'loss': loss} | {name: x[i] for name, x in columns.items()}
+        {'run': name, 'step': i + 1, 'loss': loss} | {key: x[i] for key, x in columns.items()}
         for i, loss in enumerate(trajectory.loss)
     ]
 
@@ -77,20 +79,21 @@ def by_run(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def log_errors(measured: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """|Δ log10| after each step; infinite where one of both is not finite, or 0."""
+    """|Δ log10| after each step; infinite where either is not finite, or 0 alone."""
     with np.errstate(divide='ignore', invalid='ignore'):
         off = np.abs(np.log10(predicted) - np.log10(measured))
+    off[predicted == measured] = 0
     return np.where(np.isnan(off), np.inf, off)
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row a run and stream: its asymmetry, and how far each method is off, median and largest."""
     found = []
-    for run, of_run in by_run(rows).items():
+    for name, of_run in by_run(rows).items():
         for stream in streams(rows):
             curve = column(of_run, stream)
             row = {
-                'run': run,
+                'run': name,
                 'steps': len(curve),
                 'stream': stream,
                 'asymmetry after step 1': f'{curve[0]:.1e}',
@@ -109,19 +112,19 @@ def onsets(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row a run: its onset (see `Trajectory.onset`), and the one that each method predicts."""
 
     def onset(of_run: list[dict[str, Any]], prefix: str) -> str:
-        curves = np.array([column(of_run, prefix + stream) for stream in streams(rows)])
-        if np.isnan(curves).all():
+        of_streams = np.array([column(of_run, prefix + stream) for stream in streams(rows)])
+        if np.isnan(of_streams).all():
             return '-'
-        step = first_at_least(np.fmax.reduce(curves), ONSET)
+        step = first_at_least(of_streams.max(axis=0), ONSET)
         return 'never' if step is None else str(step)
 
     return [
         {
-            'run': run,
+            'run': name,
             'onset': onset(of_run, ''),
             **{method: onset(of_run, f'{method}: ') for method in methods(rows)},
         }
-        for run, of_run in by_run(rows).items()
+        for name, of_run in by_run(rows).items()
     ]
 
 
@@ -142,13 +145,13 @@ def draw(rows: Sequence[dict[str, Any]], across: int) -> Figure:
         for i, stream in enumerate(streams(rows)):
             for prefix, (style, width) in styles.items():
                 curve = column(of_run, prefix + stream)
-                # Of a prediction only what is an asymmetry: below 1.
-                curve[(curve <= 0) | (curve > 1)] = np.nan
+                curve[(curve <= 0) | (curve > LARGEST)] = np.nan  # linear theory has no bound
                 color = runs.COLORS[i % len(runs.COLORS)]
                 label = None if prefix else stream
                 axes.plot(steps, curve, style, color=color, lw=width, label=label)
         least = 10 ** np.floor(np.log10(np.min(measured[measured > 0], initial=0.1)))
-        axes.set(yscale='log', ylim=(least, 1), xlim=(0, last), xlabel='step', ylabel='asymmetry')
+        limits = {'ylim': (least, LARGEST), 'xlim': (0, last)}
+        axes.set(yscale='log', xlabel='step', ylabel='asymmetry', **limits)
         axes.set_title(name.replace(' (', '\n('), fontsize=10)
     figure.legend(
         *panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=5, frameon=False,
@@ -158,7 +161,7 @@ def draw(rows: Sequence[dict[str, Any]], across: int) -> Figure:
 
 
 def run(experiment: runs.Experiment) -> None:
-    features = runs.counts(experiment, 'features', least=2)
+    features = runs.counts(experiment, 'features', least=ALONE + 1)
     laboratory = Laboratory(experiment.config, experiment.workdir / 'runs')
     seeds = range(experiment.seeds)
     scales = list(SCALES.values())
@@ -166,24 +169,31 @@ def run(experiment: runs.Experiment) -> None:
     arms = {name: Perturbation('gaussian', scale) for name, scale in SCALES.items()}
     measured = laboratory.run_arms(arms | {ORDER: Perturbation('order')}, experiment.seeds)
 
-    def of_arm(found: list[Curves], arm: str) -> Curves | None:
-        return found[list(SCALES).index(arm)] if arm in SCALES else None
+    def predictions(arm: str, seed: int) -> dict[str, Curves | None]:
+        if arm not in SCALES:
+            return {LINEAR: None, **dict.fromkeys(names.values())}
+        i = list(SCALES).index(arm)
+        return {
+            LINEAR: predicted[features[0]][seed]['linear'][i],
+            **{names[m]: predicted[m][seed]['reduced'][i] for m in features},
+        }
 
-    rows = []
-    for seed in seeds:
-        for arm, trajectories in measured.items():
-            its_predictions = {LINEAR: of_arm(predicted[features[0]][seed]['linear'], arm)}
-            for m in features:
-                its_predictions[f'reduced, {m} features'] = of_arm(
-                    predicted[m][seed]['reduced'], arm
-                )
-            rows += steps_of(f'{arm}, seed {seed}', trajectories[seed], its_predictions)
+    names = {m: f'reduced, {m} features' for m in features}
+    of_seeds = [
+        [
+            row
+            for arm, trajectories in measured.items()
+            for row in steps_of(f'{arm}, seed {seed}', trajectories[seed], predictions(arm, seed))
+        ]
+        for seed in seeds
+    ]
+    rows = [row for of_seed in of_seeds for row in of_seed]
     shown = [
-        {name: f'{x:.5g}' if isinstance(x, float) else x for name, x in row.items()} for row in rows
+        {name: f'{x:.7g}' if isinstance(x, float) else x for name, x in row.items()} for row in rows
     ]
     records.write_csv(experiment.workdir / 'steps.csv', shown)
     records.write_csv(experiment.workdir / 'onsets.csv', onsets(rows))
-    runs.save_figure(experiment, draw(rows, across=len(measured)))
+    runs.save_figure(experiment, draw(of_seeds[0], across=len(measured)))
     say(f'\n{runs.markdown(onsets(rows))}')
     runs.write_table(experiment, summary(rows))
 

@@ -102,16 +102,17 @@ def main(
 
 
 def counts(experiment: Experiment, name: str, *, least: int) -> list[int]:
-    """The whole numbers that a flag of the experiment's own names, rising, each once.
+    """The whole numbers that a flag of the experiment's own holds, rising, each once.
 
     Raises:
-        UsageError: they are none, or one is less than `least`.
+        UsageError: it holds anything else, or one is less than `least` or has ten digits.
     """
     text = experiment.flags[name]
     words = text.split(',')
     if not all(x.isascii() and x.isdigit() and len(x) < 10 and int(x) >= least for x in words):
         raise UsageError(
-            f'--{name}={text}: must be whole numbers of at least {least}, as {least},{2 * least}'
+            f'--{name}={text}: must be whole numbers from {least} to 999999999, as '
+            f'{least},{2 * least}'
         )
     return sorted({int(x) for x in words})
 

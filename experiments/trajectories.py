@@ -163,7 +163,7 @@ class Laboratory:
         Args:
             seed: of the run and its noise.
             scales: of the noise.
-            features: of a stream of the reduced network.
+            features: of a stream of the reduced network, above `prediction.ALONE`.
 
         Returns:
             'linear' and 'reduced' (see `Predictor`): for each scale the natural logarithm of each

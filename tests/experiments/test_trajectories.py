@@ -304,51 +304,64 @@ def test_held_out(experiment, fake, monkeypatch):
 
 
 def test_curves(experiment, fake, monkeypatch):
-    """Predicted is ten times what is measured in one stream, and the very thing in the other."""
-    experiment = dataclasses.replace(experiment, flags={'features': '8,2'})
+    """What is predicted of block2_0 is too high by decades whose number tells what it is for."""
+    experiment = dataclasses.replace(experiment, flags={'features': '40,4'})
     log = np.concatenate([[-9.0], np.log(np.geomspace(1e-3, 1, STEPS))])
 
     def predict(self, seed, scales, features):
-        of_streams = {'stem': log, 'block2_0': log + np.log(features / 2)}
-        return {'linear': [{'stem': log, 'block2_0': log}] * 2, 'reduced': [of_streams] * 2}
+        def of_streams(decades):
+            return {'stem': log, 'block2_0': log + (decades - 1) * np.log(10)}
+
+        return {
+            'linear': [of_streams(i + 2 * seed) for i, _ in enumerate(scales)],
+            'reduced': [
+                of_streams(i + 2 * seed + 4 * np.log10(features / 4)) for i, _ in enumerate(scales)
+            ],
+        }
 
     monkeypatch.setattr(Laboratory, 'predict', predict)
     curves.run(experiment)
-    rows = table(experiment)
-    runs_of_seed = [*curves.SCALES, curves.ORDER]
-    assert [(row['run'], row['stream']) for row in rows] == [
-        (f'{run}, seed {seed}', stream)
-        for seed in range(2)
-        for run in runs_of_seed
-        for stream in ('stem', 'block2_0')
-    ]
-    for row in rows:
-        off = ['0.00', '0.00', '0.00'] if row['stream'] == 'stem' else ['1.00', '1.00', '1.60']
-        if row['run'].startswith(curves.ORDER):
-            off = ['-', '-', '-']
-        for method, expected in zip(
-            ('linear', 'reduced, 2 features', 'reduced, 8 features'), off, strict=True
-        ):
-            assert row[method] in (expected, f'{expected}, {expected}')
+    methods = ('linear', 'reduced, 4 features', 'reduced, 40 features')
+    rows = iter(table(experiment))
+    for seed in range(2):
+        for i, arm in enumerate([*curves.SCALES, curves.ORDER]):
+            for stream in ('stem', 'block2_0'):
+                row = next(rows)
+                assert (row['run'], row['stream']) == (f'{arm}, seed {seed}', stream)
+                decades = np.array([0, 0, 4]) + i + 2 * seed if stream == 'block2_0' else [0, 0, 0]
+                off = ['-'] * 3 if arm == curves.ORDER else [f'{d:.2f}, {d:.2f}' for d in decades]
+                assert [row[method] for method in methods] == off
+    assert not list(rows)
     with open(experiment.workdir / 'steps.csv') as file:
         steps = list(csv.DictReader(file))
-    assert len(steps) == 2 * len(runs_of_seed) * STEPS
+    assert len(steps) == 2 * 3 * STEPS
     assert [row['step'] for row in steps[:STEPS]] == [str(i + 1) for i in range(STEPS)]
     assert float(steps[STEPS - 1]['linear: stem']) == pytest.approx(1)
     with open(experiment.workdir / 'onsets.csv') as file:
         onsets = list(csv.DictReader(file))
-    assert [row['run'] for row in onsets] == [row['run'] for row in rows[::2]]
-    assert [row['linear'] for row in onsets[: len(runs_of_seed)]] == [onsets[0]['linear']] * 2 + [
-        '-'
-    ]
-    assert int(onsets[0]['reduced, 8 features']) < int(onsets[0]['reduced, 2 features'])
-    assert (experiment.workdir / 'figure.png').exists()
+    assert [[row['onset'], *(row[method] for method in methods)] for row in onsets] == [
+        ['4', '4', '4', '1'], ['4', '4', '4', '1'], ['4', '-', '-', '-'],
+        ['4', '3', '3', '1'], ['4', '1', '1', '1'], ['4', '-', '-', '-'],
+    ]  # fmt: skip
 
 
 def test_a_prediction_that_is_not_finite_at_a_step_is_infinitely_wrong_there():
-    measured = np.array([1e-3, 1e-3, 0.0, 1e-3])
-    predicted = np.array([1e-2, np.nan, 1e-3, np.inf])
-    np.testing.assert_allclose(curves.log_errors(measured, predicted), [1, np.inf, np.inf, np.inf])
+    measured = np.array([1e-3, 1e-3, 0.0, 1e-3, 0.0])
+    predicted = np.array([1e-2, np.nan, 1e-3, np.inf, 0.0])
+    off = curves.log_errors(measured, predicted)
+    np.testing.assert_allclose(off, [1, np.inf, np.inf, np.inf, 0])
+
+
+def test_a_curve_is_drawn_as_far_as_asymmetry_goes():
+    rows = [
+        {'run': 'a', 'step': i + 1, 'stem': x, 'reduced: stem': 0.0, 'linear: stem': 2 * x}
+        for i, x in enumerate([0.01, 0.05, 1.4])
+    ]
+    assert curves.onsets(rows) == [{'run': 'a', 'onset': '3', 'reduced': 'never', 'linear': '2'}]
+    measured, reduced, linear = curves.draw(rows, across=1).axes[0].lines
+    np.testing.assert_array_equal(measured.get_ydata(), [0.01, 0.05, 1.4])
+    assert np.isnan(reduced.get_ydata()).all()
+    np.testing.assert_array_equal(linear.get_ydata(), [0.02, 0.1, np.nan])
 
 
 def test_a_median_that_never_comes_is_no_error_if_neither_does():

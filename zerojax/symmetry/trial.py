@@ -201,7 +201,7 @@ def _all_finite(arrays: Arrays) -> bool:
 
 
 def first_line(error: Exception) -> str:
-    """Of what an exception says, or its kind if it says nothing."""
+    """Of what an exception says, or its kind if it says nothing (`zerojax.host` has its own)."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
