@@ -263,3 +263,12 @@ def test_a_process_that_never_comes_is_an_error_after_the_timeout(tmp_path, proc
 def test_a_wrong_address_is_a_mistake(where, capsys):
     assert sweep.main(['sweep', *SHORT, f'--distributed={where}']) == 2
     assert f"--distributed={where}: must be 'auto' or HOST:PORT,N,I" in capsys.readouterr().err
+
+
+def test_an_error_of_jax_without_a_message_is_one_line(monkeypatch, capsys):
+    def fail(**arguments):
+        raise RuntimeError
+
+    monkeypatch.setattr(jax.distributed, 'initialize', fail)
+    assert sweep.main(['sweep', *SHORT, '--distributed=auto']) == 2
+    assert capsys.readouterr().err == 'error: --distributed=auto: RuntimeError\n'
