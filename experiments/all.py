@@ -21,7 +21,7 @@ from zerojax.host.terminal import say
 from zerojax.run import cli
 
 PAPER_SIZE = [
-    'curves --features=8,16,32 --config=configs/cifar.py --config.num_epochs=None '
+    'curves --features=8,16 --config=configs/cifar.py --config.num_epochs=None '
     f'--config.num_steps=200 --config.optimizer.drop_at=() --config.model.shortcut={shortcut} '
     '--config.determinism.mode=deterministic --config.dataset.eval_split=test[:500] '
     f'--workdir=runs/experiments/curves_cifar_{shortcut}'
@@ -55,7 +55,7 @@ MINUTES = {  # of each on two CPU cores; those of `images` are estimated from on
     'curves': 3,
     'architectures': 5,
     'held_out': 60,
-    **dict.fromkeys(PAPER_SIZE, 150),
+    **dict.fromkeys(PAPER_SIZE, 120),
     DIVERSITY: 130,
     FASHION: 240,
     'images': 360,

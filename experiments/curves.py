@@ -1,7 +1,7 @@
 """How close are predicted curves of asymmetry to those of the run, stream by stream?
 
     python -m experiments.curves [--features=8]
-    python -m experiments.curves --features=8,16,32 --config=configs/cifar.py \\
+    python -m experiments.curves --features=8,16 --config=configs/cifar.py \\
         --config.num_epochs=None --config.num_steps=200 --config.optimizer.drop_at='()' \\
         --config.determinism.mode=deterministic --config.dataset.eval_split='test[:500]' \\
         --workdir=runs/experiments/curves_cifar
@@ -11,7 +11,7 @@ order of additions in every step. The prediction is made by reduced networks of 
 stream, and by linear theory. At the paper's size, the second command, few steps can be had and
 most of them lie before an onset, so the measure is the difference of log10 of the asymmetry, at
 each step; steps.csv has them all, onsets.csv the onsets. One seed; on the digits in three minutes
-on two CPU cores, at the paper's size two and a half hours. See `experiments.runs` for flags and
+on two CPU cores, at the paper's size two hours. See `experiments.runs` for flags and
 restarts.
 """
 

@@ -3,8 +3,9 @@
     python -m experiments.drawings [--workdir=DIR]
 
 Those of runs that take hours or a GPU, from the tables in docs/tables: a figure of each
-NAME_curves.csv (`ARMS`), gpu_steps.png of gpu_steps.csv (without runs whose features stay equal),
-and a table of how far predictions in the latter are off; diversity_cifar.png of
+NAME_curves.csv (`ARMS`); gpu_steps.png of gpu_steps.csv (without runs whose features stay equal)
+and steps_cifar_post_relu.png of its csv, with tables of their onsets, their asymmetries and how far
+predictions of them are off, of the latter's first 100 steps too; diversity_cifar.png of
 diversity_cifar.csv. And networks.png, the networks and their streams. DIR is docs/figures.
 """
 
@@ -13,10 +14,7 @@ import pathlib
 import sys
 from typing import Any
 
-import numpy as np
-from matplotlib.figure import Figure
-
-from experiments import arms, diversity, networks, runs
+from experiments import arms, curves, diversity, networks, runs
 from zerojax.host import paths
 from zerojax.host.command import run_command
 from zerojax.host.stop import exit_on_signals
@@ -31,7 +29,8 @@ ARMS = {  # name of a table of curves: title of its figure
     'fashion_mnist_arms': 'ConstNet-10-1 on Fashion-MNIST',
     'cifar_arms': 'ConstNet-16-1 on CIFAR-10 (JPEG-75 copy)',
 }
-STREAMS = ('stem', 'block1_0', 'block2_0', 'block3_0')
+
+EARLY = 100  # steps, of which there is a table of their own
 
 
 def number(text: str) -> float | str:
@@ -48,55 +47,9 @@ def read(name: str) -> list[dict[str, Any]]:
         return [{key: number(x) for key, x in row.items()} for row in csv.DictReader(file)]
 
 
-def prediction_errors(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """|Δ log10| of the asymmetry of each run and stream that has predictions, over its steps."""
-    found = []
-    for name in dict.fromkeys(row['run'] for row in rows):
-        of_run = [row for row in rows if row['run'] == name]
-        if np.isnan(of_run[0][f'reduced: {STREAMS[0]}']):
-            continue
-        for stream in STREAMS:
-            line = {'run': name, 'steps': len(of_run), 'stream': stream}
-            for method in ('reduced', 'linear'):
-                logs = np.log10([[row[f'{method}: {stream}'], row[stream]] for row in of_run])
-                off = np.abs(logs[:, 0] - logs[:, 1])
-                line |= {
-                    f'{method}, median': f'{np.median(off):.2f}',
-                    f'{method}, largest': f'{off.max():.2f}',
-                }
-            found.append(line)
-    return found
-
-
-def draw_steps(rows: list[dict[str, Any]]) -> Figure:
-    """Asymmetry of each stream after each step, a panel a run, predictions where there are some."""
-    broken = [row['run'] for row in rows if any(row[stream] > 0 for stream in STREAMS)]
-    names = list(dict.fromkeys(broken))
-    figure, panels = runs.new_figure(2, (len(names) + 1) // 2, width=16, height=8)
-    for axes in panels.flat[len(names) :]:
-        axes.set_visible(False)
-    for axes, name in zip(panels.flat, names, strict=False):
-        of_run = [row for row in rows if row['run'] == name]
-        steps = [row['step'] for row in of_run]
-        for color, stream in zip(runs.COLORS, STREAMS, strict=False):
-            # Of a prediction only what is an asymmetry: below 1.
-            for kind, style, width in (
-                ('', '-', 1.5),
-                ('reduced: ', ':', 2.5),
-                ('linear: ', '--', 1),
-            ):
-                curve = np.array([row[kind + stream] for row in of_run])
-                curve[(curve <= 0) | (curve > 1)] = np.nan
-                label = {'label': stream} if not kind else {}
-                axes.plot(steps, curve, style, color=color, lw=width, **label)
-        least = 1e-3 if 'injected' in name else 1e-12
-        axes.set(yscale='log', ylim=(least, 1), xlim=(0, 200), xlabel='step', ylabel='asymmetry')
-        axes.set_title(name.replace(' (', '\n('), fontsize=10)
-    figure.legend(
-        *panels.flat[0].get_legend_handles_labels(), loc='outside lower center', ncols=4,
-        frameon=False, title='line: the run; dots: reduced network; dashes: linear prediction',
-    )  # fmt: skip
-    return figure
+def is_broken(rows: list[dict[str, Any]]) -> bool:
+    """Whether the features of any stream ever differ."""
+    return any(row[stream] > 0 for row in rows for stream in curves.streams(rows))
 
 
 def accuracies(rows: list[dict[str, Any]]) -> diversity.Accuracies:
@@ -114,9 +67,15 @@ def run(argv: list[str]) -> None:
     cli.parse(argv, values)
     workdir = paths.meant(values.workdir, f'--workdir={values.workdir}')
     cli.make_folder(workdir)
-    steps = read('gpu_steps.csv')
+    gpu_steps = read('gpu_steps.csv')
+    steps = read('steps_cifar_post_relu.csv')
     drawn = {name: (title, arms.draw(read(f'{name}_curves.csv'))) for name, title in ARMS.items()}
-    drawn['gpu_steps'] = f'{PAPERS}, one NVIDIA H200, where named H100', draw_steps(steps)
+    broken = [row for rows in curves.by_run(gpu_steps).values() if is_broken(rows) for row in rows]
+    drawn['gpu_steps'] = (
+        f'{PAPERS}, one NVIDIA H200, where named H100',
+        curves.draw(broken, across=4),
+    )
+    drawn['steps_cifar_post_relu'] = f'{PAPERS}, two CPU cores', curves.draw(steps, across=3)
     drawn['diversity_cifar'] = (
         f'{PAPERS}, reduced',
         diversity.draw(accuracies(read('diversity_cifar.csv'))),
@@ -127,7 +86,8 @@ def run(argv: list[str]) -> None:
         say(f'{workdir / name}.png')
     networks.draw().savefig(workdir / 'networks.png', dpi=110)
     say(f'{workdir / "networks.png"}')
-    say(f'\n{runs.markdown(prediction_errors(steps))}')
+    for rows in (gpu_steps, steps, [row for row in steps if row['step'] <= EARLY]):
+        say(f'\n{runs.markdown(curves.onsets(rows))}\n\n{runs.markdown(curves.summary(rows))}')
 
 
 if __name__ == '__main__':

@@ -51,7 +51,7 @@ def test_those_on_images_read_them_where_they_are(asked):
 
 def test_the_first_failure_ends_it(monkeypatch):
     monkeypatch.setattr(subprocess, 'run', lambda line, check: subprocess.CompletedProcess(line, 2))
-    with pytest.raises(RunError, match=r'experiments\.arms: exit status 2'):
+    with pytest.raises(RunError, match=r'experiments\.contrast: exit status 2'):
         all_experiments.run(['all'])
 
 
