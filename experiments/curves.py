@@ -67,6 +67,7 @@ def streams(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def column(rows: Sequence[dict[str, Any]], name: str) -> np.ndarray:
+    """Of rows of one run, [num_steps]; float64."""
     return np.array([row[name] for row in rows], np.float64)
 
 

@@ -29,7 +29,6 @@ ARMS = {  # name of a table of curves: title of its figure
     'fashion_mnist_arms': 'ConstNet-10-1 on Fashion-MNIST',
     'cifar_arms': 'ConstNet-16-1 on CIFAR-10 (JPEG-75 copy)',
 }
-
 EARLY = 100  # steps, of which there is a table of their own
 
 
