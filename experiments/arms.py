@@ -22,32 +22,27 @@ from zerojax.host.records import Record
 
 SYMMETRIC = {'model.name': 'constnet', 'model.init': 'averaging', 'perturbation.kind': 'none'}
 INJECTED = {**SYMMETRIC, 'perturbation.kind': 'gaussian', 'perturbation.scale': 1e-6}
+DETERMINISTIC = {'determinism.mode': 'deterministic'}
 
 
 def arms() -> dict[str, dict[str, object]]:
     """Name of each arm: the fields that make it."""
     hardware = {'determinism.mode': 'hardware'}
-    deterministic = {'determinism.mode': 'deterministic'}
-    other = {**SYMMETRIC, **deterministic}
+    other = {**SYMMETRIC, **DETERMINISTIC}
     return {
         'ConstNet, hardware': {**SYMMETRIC, **hardware},
-        'ConstNet, deterministic': {**SYMMETRIC, **deterministic},
+        'ConstNet, deterministic': other,
         'ConstNet, hardware, dropout 0.01': {**SYMMETRIC, **hardware, 'model.dropout': 0.01},
-        'ConstNet, deterministic, dropout 0.01': {
-            **SYMMETRIC,
-            **deterministic,
-            'model.dropout': 0.01,
-        },
-        'ConstNet, injected 1e-6': {**INJECTED, **deterministic},
+        'ConstNet, deterministic, dropout 0.01': {**other, 'model.dropout': 0.01},
+        'ConstNet, injected 1e-6': {**INJECTED, **DETERMINISTIC},
         'ConstNet, injected 1e-6, projected': {
             **INJECTED,
-            **deterministic,
+            **DETERMINISTIC,
             'symmetry.project': True,
         },
         # Stands for a GPU's atomics where there is no GPU.
         'ConstNet, emulated order of additions': {
-            **SYMMETRIC,
-            **deterministic,
+            **other,
             'perturbation.kind': 'order',
             'perturbation.scale': 0.0,
         },

@@ -10,14 +10,13 @@ import sys
 from typing import Any
 
 from experiments import runs
-from experiments.arms import INJECTED, SYMMETRIC
+from experiments.arms import DETERMINISTIC, INJECTED, SYMMETRIC
 
 PAPERS: dict[str, Any] = {
     'optimizer.learning_rate': 0.03,
     'optimizer.weight_decay': 5e-4,
     'optimizer.drop_at': (),
 }
-DETERMINISTIC = {'determinism.mode': 'deterministic'}
 ARMS: dict[str, dict[str, Any]] = {
     'gaussian, 1e-6': {**INJECTED, **DETERMINISTIC},
     'none': {**SYMMETRIC, **DETERMINISTIC},
