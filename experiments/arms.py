@@ -28,7 +28,7 @@ DETERMINISTIC = {'determinism.mode': 'deterministic'}
 def arms() -> dict[str, dict[str, object]]:
     """Name of each arm: the fields that make it."""
     hardware = {'determinism.mode': 'hardware'}
-    other = {**SYMMETRIC, **DETERMINISTIC}
+    other: dict[str, object] = {**SYMMETRIC, **DETERMINISTIC}
     return {
         'ConstNet, hardware': {**SYMMETRIC, **hardware},
         'ConstNet, deterministic': other,
@@ -117,7 +117,8 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
                 [row[kind] for row in of_arm if row['seed'] == seed] for seed in (first, *others)
             ]
             look = {**runs.style(i), **runs.marks(i), 'label': arm, 'lw': 1.5}
-            runs.plot_band(axes, steps, series, **look)
+            at_most = 1 if kind == 'accuracy' else np.inf
+            runs.plot_band(axes, steps, series, at_most, **look)
         axes.set(xlabel='step')
     accuracy, width, forward, backward = panels.flat
     accuracy.set(ylabel='held-out accuracy', ylim=(0, 1.02))

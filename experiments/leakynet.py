@@ -51,7 +51,7 @@ def draw(experiment: runs.Experiment, by_arm: dict[str, list[runs.FinishedRun]])
             steps = [line['step'] for line in its_runs[0].of_kind('eval')]
             curves = [[line['accuracy'] for line in run.of_kind('eval')] for run in its_runs]
             look = {**runs.style(i), **runs.marks(i), 'label': string, 'lw': 1.5}
-            runs.plot_band(axes, steps, curves, **look)
+            runs.plot_band(axes, steps, curves, at_most=1, **look)
         title = 'no perturbation' if kind == 'none' else f'perturbation {PERTURBATIONS[kind]:g}'
         axes.set(xlabel='step', ylabel='held-out accuracy', ylim=(0, 1.02), title=title)
     figure.legend(

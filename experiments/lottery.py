@@ -81,7 +81,8 @@ def draw(
             accuracies = [[run.summary['eval_accuracy'] for run in seed] for seed in per_seed]
             look = {'color': runs.COLORS[i], 'linestyle': line_style, 'marker': 'o'}
             kept = [100 * (1 - fraction) for fraction in fractions]
-            runs.plot_band(axes, kept, accuracies, label=f'{network}, {MASKS[mask]}', **look)
+            look['label'] = f'{network}, {MASKS[mask]}'
+            runs.plot_band(axes, kept, accuracies, at_most=1, **look)
     axes.set(xlabel='weights kept in each layer (%)', ylabel='held-out accuracy', xscale='log')
     axes.set_xticks(kept, [f'{each:.0f}' for each in kept], minor=False)
     axes.minorticks_off()

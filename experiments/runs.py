@@ -251,10 +251,13 @@ def marks(index: int) -> dict[str, Any]:
     }
 
 
-def plot_band(axes: Any, x: ArrayLike, series: Sequence[ArrayLike], **kwargs: Any) -> None:
+def plot_band(
+    axes: Any, x: ArrayLike, series: Sequence[ArrayLike], at_most: float = np.inf, **kwargs: Any
+) -> None:
     """The mean of several series as a line, mean ± sample standard deviation as a band.
 
-    On a logarithmic axis both are taken of the logarithms.
+    On a logarithmic axis both are taken of the logarithms. The band ends at `at_most`, which the
+    series cannot exceed.
     """
     logarithmic = axes.get_yscale() == 'log'
     values = np.array(series, float)
@@ -264,7 +267,7 @@ def plot_band(axes: Any, x: ArrayLike, series: Sequence[ArrayLike], **kwargs: An
     curves = [mean, mean - deviation, mean + deviation]
     mean, low, high = np.exp(curves) if logarithmic else curves
     axes.plot(x, mean, **kwargs)
-    axes.fill_between(x, low, high, color=kwargs['color'], alpha=0.2, lw=0)
+    axes.fill_between(x, low, np.minimum(high, at_most), color=kwargs['color'], alpha=0.2, lw=0)
 
 
 def save_figure(experiment: Experiment, figure: Figure) -> None:

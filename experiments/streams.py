@@ -60,7 +60,7 @@ def draw(experiment: runs.Experiment, by_arm: dict[str, list[runs.FinishedRun]])
         look = {**runs.style(i), **runs.marks(i), 'label': arm, 'lw': 1.5}
         steps = [line['step'] for line in its_runs[0].of_kind('eval')]
         curves = [[line['accuracy'] for line in run.of_kind('eval')] for run in its_runs]
-        runs.plot_band(accuracy, steps, curves, **look)
+        runs.plot_band(accuracy, steps, curves, at_most=1, **look)
         lines = [run.of_kind('train') for run in its_runs]
         if all(line['asymmetry'] > 0 for each in lines for line in each):
             steps = [line['step'] for line in lines[0]]

@@ -41,7 +41,8 @@ def draw(experiment: runs.Experiment, by_arm: dict[str, list[runs.FinishedRun]])
     for i, (noise, its_arms) in enumerate(zip(NOISES, per_noise, strict=True)):
         accuracies = np.array([[run.summary['eval_accuracy'] for run in arm] for arm in its_arms]).T
         label = f'noise {noise:g}' if noise else 'no noise'
-        runs.plot_band(axes, UNIQUE, accuracies.tolist(), **runs.style(i), label=label, marker='o')
+        look = {**runs.style(i), 'label': label, 'marker': 'o'}
+        runs.plot_band(axes, UNIQUE, accuracies.tolist(), at_most=1, **look)
     axes.set_xscale('log', base=2)
     axes.set(
         xlabel=f'unique hidden features at the start (of {WIDTH})',

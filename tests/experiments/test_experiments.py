@@ -268,6 +268,18 @@ def test_each_subset_of_streams_is_broken_and_no_other(experiment):
     assert streams.subsets(['a', 'b']) == [(), ('a',), ('b',), ('a', 'b')]
 
 
+def test_a_band_of_accuracies_ends_at_one():
+    """Mean and sample standard deviation of (0.8, 1, 1) are 14/15 and 0.2/sqrt(3)."""
+    series = [[0.8, 0.5], [1.0, 0.5], [1.0, 0.5]]
+    for at_most, top in ((1, 1.0), (np.inf, 14 / 15 + 0.2 / np.sqrt(3))):
+        _, axes = runs.new_figure(1, 1)
+        runs.plot_band(axes, [0, 1], series, at_most, color='k')
+        (line,), (band,) = axes.lines, axes.collections
+        np.testing.assert_allclose(line.get_ydata(), [14 / 15, 0.5], rtol=1e-12)
+        y = band.get_paths()[0].vertices[:, 1]
+        np.testing.assert_allclose((y.min(), y.max()), (0.5, top), rtol=1e-12)
+
+
 def test_a_figure_that_cannot_be_drawn_is_a_line(experiment, monkeypatch, capsys):
     """And not the end of the experiment, whose table is still to come."""
     monkeypatch.setitem(matplotlib.rcParams, 'text.usetex', True)
