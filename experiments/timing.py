@@ -42,7 +42,10 @@ def draw(experiment: runs.Experiment, found: dict[str, dict[int | None, list[Tra
                 runs.plot_band(asymmetry, steps[at_step:], curves, **look)
         loss.set(title=f'shortcut {shortcut}', ylabel='loss of the training batch (nats)')
         asymmetry.set(xlabel='step', ylabel='asymmetry')
-        loss.legend(title='perturbed', fontsize=8, frameon=False)
+    figure.legend(
+        *panels[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=5,
+        frameon=False, title='perturbed',
+    )  # fmt: skip
     runs.save_figure(experiment, figure)
 
 
