@@ -4,7 +4,7 @@
     python -m zerojax.main --config=configs/digits.py --config.perturbation.kind=none
 
 The first adds 1e-6 * N(0, 1) to the initial weights and learns; the second does not, keeps all
-features identical to the bit, and cannot learn. Accuracies and times: docs/results.md.
+features identical to the bit, and cannot learn. Accuracies: docs/results.md.
 
     python -m zerojax.main --config=configs/digits.py:wide
 

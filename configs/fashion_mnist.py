@@ -8,7 +8,7 @@ determinism 'hardware': whatever asymmetry there is comes from the kernels.
     python -m zerojax.main --config=configs/fashion_mnist.py:trial
 
 The same pipeline for two CPU cores and two minutes: ConstNet-10-1, 5,000 images, a perturbation of
-1e-6, since CPU kernels add no noise of their own. What it reaches: docs/results.md.
+1e-6, since CPU kernels add no noise of their own.
 
     python -m zerojax.main --config=configs/fashion_mnist.py:cpu
 

@@ -118,7 +118,7 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
             ]
             look = {**runs.style(i), **runs.marks(i), 'label': arm, 'lw': 1.5}
             at_most = 1 if kind == 'accuracy' else np.inf
-            runs.plot_band(axes, steps, series, at_most, **look)
+            runs.plot_band(axes, steps, series, at_most=at_most, **look)
         axes.set(xlabel='step')
     accuracy, width, forward, backward = panels.flat
     accuracy.set(ylabel='held-out accuracy', ylim=(0, 1.02))

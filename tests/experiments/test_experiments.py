@@ -276,8 +276,10 @@ def test_a_band_of_accuracies_ends_at_one():
         runs.plot_band(axes, [0, 1], series, at_most, color='k')
         (line,), (band,) = axes.lines, axes.collections
         np.testing.assert_allclose(line.get_ydata(), [14 / 15, 0.5], rtol=1e-12)
-        y = band.get_paths()[0].vertices[:, 1]
-        np.testing.assert_allclose((y.min(), y.max()), (0.5, top), rtol=1e-12)
+        x, y = band.get_paths()[0].vertices.T
+        at_first = y[x == 0]
+        bottom = 14 / 15 - 0.2 / np.sqrt(3)
+        np.testing.assert_allclose((at_first.min(), at_first.max()), (bottom, top), rtol=1e-12)
 
 
 def test_a_figure_that_cannot_be_drawn_is_a_line(experiment, monkeypatch, capsys):

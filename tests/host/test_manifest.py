@@ -105,7 +105,10 @@ def test_another_variable_that_xla_reads_is_refused(path, monkeypatch, name, val
 
 
 def test_what_decides_no_bit_is_no_difference(path, monkeypatch):
-    flags = '--xla_dump_to=/tmp/x --xla_force_host_platform_device_count=7'
+    flags = (
+        '--xla_dump_to=/tmp/x --xla_force_host_platform_device_count=7 '
+        '--xla_cpu_collective_call_terminate_timeout_seconds=240'
+    )
     monkeypatch.setenv('XLA_FLAGS', flags)
     monkeypatch.setenv('HOME', '/elsewhere')
     monkeypatch.setenv('NCCL_DEBUG', 'INFO')

@@ -30,8 +30,8 @@ CALM = ['--config.model.init=random', '--config.perturbation.kind=none', '--conf
 def environment(devices):
     # Without the cache of the tests: as by default, processes that share a run compile alike.
     kept = {name: x for name, x in os.environ.items() if name != 'JAX_COMPILATION_CACHE_DIR'}
-    # Eight devices share the cores of one machine, and XLA ends a process when some of them wait
-    # for the others longer than its 40 seconds: a machine that stood still is not a deadlock.
+    # Devices share the cores of one machine, and XLA ends a process when some of them wait for the
+    # others longer than its 40 seconds: a machine that stood still is not a deadlock.
     flags = (
         f'--xla_force_host_platform_device_count={devices} '
         '--xla_cpu_collective_call_terminate_timeout_seconds=240'

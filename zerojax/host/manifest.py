@@ -36,8 +36,9 @@ VARIABLES = re.compile(
     'NCCL_(ALGO|PROTO|MIN_NCHANNELS|MAX_NCHANNELS|NTHREADS|NVLS_ENABLE|COLLNET_ENABLE)|'
     'CUBLAS(LT)?_WORKSPACE_CONFIG|TF_(CUDNN|DETERMINISTIC)_.*'
 )
-# Flags that only say how many devices there are, which the manifest counts, or what is dumped.
-_HARMLESS_FLAGS = re.compile('--xla_(force_host_platform_device_count|dump)')
+# Flags that only say how many devices there are, which the manifest counts, what is dumped, or how
+# long devices wait for one another.
+_HARMLESS_FLAGS = re.compile(r'--xla_(force_host_platform_device_count|dump|\w+_timeout)')
 
 
 def environment() -> Record:
