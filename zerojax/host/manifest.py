@@ -38,7 +38,9 @@ VARIABLES = re.compile(
 )
 # Flags that only say how many devices there are, which the manifest counts, what is dumped, or how
 # long devices wait for one another.
-_HARMLESS_FLAGS = re.compile(r'--xla_(force_host_platform_device_count|dump|\w*collective_\w*timeout)')
+_HARMLESS_FLAGS = re.compile(
+    r'--xla_(force_host_platform_device_count|dump|\w*collective_\w*timeout)'
+)
 
 
 def environment() -> Record:
