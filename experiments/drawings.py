@@ -4,9 +4,10 @@
 
 Those of runs that take hours or a GPU, from the tables in docs/tables: a figure of each
 NAME_curves.csv (`ARMS`); gpu_steps.png of gpu_steps.csv (without runs whose features stay equal)
-and steps_cifar_post_relu.png of its csv, with tables of their onsets, their asymmetries and how far
-predictions of them are off, of the latter's first 100 steps too; diversity_cifar.png of
-diversity_cifar.csv. And networks.png, the networks and their streams. DIR is docs/figures.
+and steps_cifar_SHORTCUT.png of its csv (`SHORTCUTS`), with tables of their onsets, their
+asymmetries and how far predictions of them are off, of the latter's first `EARLY` steps too;
+diversity_cifar.png of diversity_cifar.csv; held_out.png of held_out.csv. And networks.png, the
+networks and their streams. DIR is docs/figures.
 """
 
 import csv
@@ -14,7 +15,8 @@ import pathlib
 import sys
 from typing import Any
 
-from experiments import arms, curves, diversity, networks, runs
+from configs import onset
+from experiments import arms, curves, diversity, held_out, networks, runs
 from zerojax.host import paths
 from zerojax.host.command import run_command
 from zerojax.host.stop import exit_on_signals
@@ -29,7 +31,8 @@ ARMS = {  # name of a table of curves: title of its figure
     'fashion_mnist_arms': 'ConstNet-10-1 on Fashion-MNIST',
     'cifar_arms': 'ConstNet-16-1 on CIFAR-10 (JPEG-75 copy)',
 }
-EARLY = 100  # steps, of which there is a table of their own
+SHORTCUTS = ('post_relu',)  # of the paper's network
+EARLY = (60, 100)  # steps, of which there are tables of their own
 
 
 def number(text: str) -> float | str:
@@ -60,6 +63,20 @@ def accuracies(rows: list[dict[str, Any]]) -> diversity.Accuracies:
     }
 
 
+def onsets(rows: list[dict[str, Any]]) -> held_out.Found:
+    """Of a table of `held_out`, CIFAR-10 named as the copy that it is."""
+    found: held_out.Found = {}
+    for row in rows:
+        name = row['setting'].replace('CIFAR-10', 'CIFAR-10 (JPEG-75 copy)')
+        columns = {'measured': 'onset'} | {x: f'predicted, {x}' for x in held_out.METHODS}
+        steps = {
+            key: [None if step == 'never' else int(step) for step in row[column].split(', ')]
+            for key, column in columns.items()
+        }
+        found.setdefault((name, row['shortcut']), []).append({'scale': row['scale']} | steps)
+    return found
+
+
 def run(argv: list[str]) -> None:
     """The command; `argv` are the program's name and the flags."""
     values = cli.text_flags(workdir=str(TABLES.parent / 'figures'))
@@ -67,25 +84,31 @@ def run(argv: list[str]) -> None:
     workdir = paths.meant(values.workdir, f'--workdir={values.workdir}')
     cli.make_folder(workdir)
     gpu_steps = read('gpu_steps.csv')
-    steps = read('steps_cifar_post_relu.csv')
     drawn = {name: (title, arms.draw(read(f'{name}_curves.csv'))) for name, title in ARMS.items()}
     broken = [row for rows in curves.by_run(gpu_steps).values() if is_broken(rows) for row in rows]
     drawn['gpu_steps'] = (
         f'{PAPERS}, one NVIDIA H200, where named H100',
         curves.draw(broken, across=4),
     )
-    drawn['steps_cifar_post_relu'] = f'{PAPERS}, two CPU cores', curves.draw(steps, across=3)
+    tables = [gpu_steps]
+    for shortcut in SHORTCUTS:
+        steps = read(f'steps_cifar_{shortcut}.csv')
+        title = f'{PAPERS}, {shortcut}, two CPU cores'
+        drawn[f'steps_cifar_{shortcut}'] = title, curves.draw(steps, across=3)
+        tables += [steps, *([row for row in steps if row['step'] <= last] for last in EARLY)]
     drawn['diversity_cifar'] = (
         f'{PAPERS}, reduced',
         diversity.draw(accuracies(read('diversity_cifar.csv'))),
     )
+    found, never = onsets(read('held_out.csv')), onset.get_config().num_steps
+    drawn['held_out'] = 'Onsets, three seeds of each setting', held_out.draw(found, never)
     for name, (title, figure) in drawn.items():
         figure.suptitle(title)
         figure.savefig(workdir / f'{name}.png', dpi=110)
         say(f'{workdir / name}.png')
     networks.draw().savefig(workdir / 'networks.png', dpi=110)
     say(f'{workdir / "networks.png"}')
-    for rows in (gpu_steps, steps, [row for row in steps if row['step'] <= EARLY]):
+    for rows in tables:
         say(f'\n{runs.markdown(curves.onsets(rows))}\n\n{runs.markdown(curves.summary(rows))}')
 
 

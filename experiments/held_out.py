@@ -1,4 +1,4 @@
-"""Do the predictions of the onset hold where nothing was tuned?
+"""Do the predictions of the onset hold on other settings than those they were made on?
 
     python -m experiments.held_out
 
@@ -14,6 +14,7 @@ import sys
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from configs import cifar, fashion_mnist
 from experiments import runs
@@ -28,6 +29,9 @@ from zerojax.predict import median_onset
 SCALES = (1e-3, 1e-5)
 SHORTCUTS = ('pre_relu', 'post_relu')
 STEPS, SHARE = 3, 0.05  # a prediction is right if it is off by no more than one of them
+
+# Of each setting and shortcut, what `measure` returns.
+Found = dict[tuple[str, str], list[dict[str, Any]]]
 
 
 def settings() -> dict[str, dict[str, Any]]:
@@ -80,44 +84,51 @@ def is_right(found: dict[str, Any], method: str) -> bool:
     )
 
 
-def draw(experiment: runs.Experiment, found: dict[tuple[str, str], list[dict[str, Any]]]) -> None:
-    """Predicted against measured median onset, a panel a method."""
-    figure, panels = runs.new_figure(1, 2, width=12, height=6)
-    never = experiment.config.num_steps
+def draw(found: Found, never: int) -> Figure:
+    """Predicted against measured median onset, a row of panels a scale, a column a method.
+
+    What never comes is drawn at `never`.
+    """
+    scales = [each['scale'] for each in next(iter(found.values()))]
+    figure, panels = runs.new_figure(
+        len(scales), len(METHODS), width=12, height=1 + 5 * len(scales)
+    )
     names = list(dict.fromkeys(name for name, _ in found))
     medians = {
-        (key, each): np.array(
-            [never if (x := median_onset(row[each])) is None else x for row in rows]
-        )
+        (key, i, each): never if (x := median_onset(row[each])) is None else x
         for key, rows in found.items()
+        for i, row in enumerate(rows)
         for each in ('measured', *METHODS)
     }
-    line = np.array([0, STEPS / SHARE, 1.05 * max(x.max() for x in medians.values())])
-    for axes, method in zip(panels, METHODS, strict=True):
-        for key in found:
-            name, shortcut = key
-            axes.plot(
-                medians[key, 'measured'], medians[key, method], linestyle='',
-                marker='o' if shortcut == 'pre_relu' else 's',
-                color=f'C{names.index(name)}',
-                markerfacecolor='none' if shortcut == 'post_relu' else None,
-                label=name if shortcut == 'pre_relu' else None,
+    line = np.array([0, STEPS / SHARE, 1.05 * max(medians.values())])
+    off = np.maximum(STEPS, SHARE * line)
+    for i, of_scale in enumerate(np.reshape(panels, (len(scales), -1))):
+        for axes, method in zip(of_scale, METHODS, strict=True):
+            for key in found:
+                name, shortcut = key
+                which = names.index(name)
+                color = runs.COLORS[which % len(runs.COLORS)]
+                axes.plot(
+                    medians[key, i, 'measured'], medians[key, i, method], linestyle='',
+                    marker=runs.MARKERS[which % len(runs.MARKERS)], markersize=7, color=color,
+                    markerfacecolor='none' if shortcut == 'post_relu' else color,
+                    label=name if shortcut == 'pre_relu' else None, clip_on=False,
+                )  # fmt: skip
+            axes.plot(line, line, color='0.5', lw=0.8)
+            axes.fill_between(line, line - off, line + off, color='0.5', alpha=0.2, lw=0)
+            axes.set(
+                xlabel='measured onset (step, median over seeds)',
+                ylabel='predicted onset (step, median over seeds)',
+                title=f'{method} prediction, noise of {scales[i]:.0e}',
+                xlim=(0, line[-1]), ylim=(0, line[-1]), aspect='equal',
             )  # fmt: skip
-        axes.plot(line, line, color='0.5', lw=0.8)
-        off = np.maximum(STEPS, SHARE * line)
-        axes.fill_between(line, line - off, line + off, color='0.5', alpha=0.2, lw=0)
-        axes.set(
-            xlabel='measured onset (step, median over seeds)',
-            ylabel='predicted onset (step, median over seeds)',
-            title=f'{method} prediction',
-            xlim=(0, line[-1]), ylim=(0, line[-1]), aspect='equal',
-        )  # fmt: skip
+    at_never = f'; at {never}: never' if never in medians.values() else ''
     figure.legend(
-        *panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=5, frameon=False,
-        title=f'filled: pre_relu, hollow: post_relu; grey: within {STEPS} steps or {SHARE:.0%}; '
-        f'at {never}: never',
+        *np.ravel(panels)[0].get_legend_handles_labels(), loc='outside lower center', ncols=5,
+        frameon=False, title=f'filled: pre_relu, hollow: post_relu; grey: within {STEPS} steps or '
+        f'{SHARE:.0%}{at_never}',
     )  # fmt: skip
-    runs.save_figure(experiment, figure)
+    return figure
 
 
 def summed(found: list[dict[str, Any]], method: str) -> dict[str, Any]:
@@ -143,11 +154,11 @@ def run(experiment: runs.Experiment) -> None:
         for name, fields in settings().items()
         for shortcut in SHORTCUTS
     }
-    found = {}
+    found: Found = {}
     for (name, shortcut), laboratory in laboratories.items():
         say(f'-- {experiment.name}: {name}, {shortcut}')
         found[name, shortcut] = measure(laboratory, experiment.seeds)
-    draw(experiment, found)
+    runs.save_figure(experiment, draw(found, never=experiment.config.num_steps))
     rows = []
     for (name, shortcut), by_scale in found.items():
         for each in by_scale:

@@ -1,11 +1,12 @@
 """Figures of docs/ that are drawn from its tables, or from the networks."""
 
-from experiments import drawings
+from experiments import drawings, held_out
 
 
 def test_every_figure_is_drawn_from_what_is_committed(tmp_path, capsys):
     drawings.run(['drawings', f'--workdir={tmp_path}'])
-    names = {*drawings.ARMS, 'diversity_cifar', 'gpu_steps', 'networks', 'steps_cifar_post_relu'}
+    names = {*drawings.ARMS, 'diversity_cifar', 'gpu_steps', 'held_out', 'networks'}
+    names |= {f'steps_cifar_{shortcut}' for shortcut in drawings.SHORTCUTS}
     assert {file.name for file in tmp_path.iterdir()} == {f'{name}.png' for name in names}
     assert all(file.read_bytes()[:4] == b'\x89PNG' for file in tmp_path.iterdir())
     assert '| float32, injected 1e-3 | 151 | block3_0 |' in capsys.readouterr().out
@@ -15,3 +16,12 @@ def test_a_run_whose_features_stay_equal_is_not_broken():
     equal = {'linear: stem': 0.1, 'linear: block': 0.1, 'stem': 0.0, 'block': 0.0}
     assert not drawings.is_broken([equal, equal])
     assert drawings.is_broken([equal, equal | {'block': 1e-12}])
+
+
+def test_a_table_of_onsets_is_read_whole_and_its_cifar_is_labelled():
+    rows = drawings.read('held_out.csv')
+    found = drawings.onsets(rows)
+    assert sum(map(len, found.values())) == len(rows)
+    assert {name for name, _ in found if 'CIFAR' in name} == {'CIFAR-10 (JPEG-75 copy)'}
+    shown = [f'{held_out.error(each, "reduced"):+g}' for of in found.values() for each in of]
+    assert shown == [f'{row["error, reduced"]:+g}' for row in rows]
