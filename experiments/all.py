@@ -55,7 +55,7 @@ MINUTES = {  # of each on two CPU cores; those of `images` are estimated from on
     'curves': 3,
     'architectures': 5,
     'held_out': 60,
-    **dict.fromkeys(PAPER_SIZE, 120),
+    **dict.fromkeys(PAPER_SIZE, 70),
     DIVERSITY: 130,
     FASHION: 240,
     'images': 360,

@@ -11,7 +11,7 @@ order of additions in every step. The prediction is made by reduced networks of 
 stream, and by linear theory. At the paper's size, the second command, few steps can be had and
 most of them lie before an onset, so the measure is the difference of log10 of the asymmetry, at
 each step; steps.csv has them all, onsets.csv the onsets. One seed; on the digits in three minutes
-on two CPU cores, at the paper's size two hours. See `experiments.runs` for flags and
+on two CPU cores, at the paper's size an hour and a quarter. See `experiments.runs` for flags and
 restarts.
 """
 

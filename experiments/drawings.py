@@ -4,10 +4,12 @@
 
 Those of runs that take hours or a GPU, from the tables in docs/tables: a figure of each
 NAME_curves.csv (`ARMS`); gpu_steps.png of gpu_steps.csv (without runs whose features stay equal)
-and steps_cifar_SHORTCUT.png of its csv (`SHORTCUTS`), with tables of their onsets, their
-asymmetries and how far predictions of them are off, of the latter's first `EARLY` steps too;
-diversity_cifar.png of diversity_cifar.csv; held_out.png of held_out.csv. And networks.png, the
-networks and their streams. DIR is docs/figures.
+and steps_cifar_SHORTCUT.png of its csv (`SHORTCUTS`); diversity_cifar.png of diversity_cifar.csv;
+held_out.png of held_out.csv. And networks.png, the networks and their streams. DIR is docs/figures.
+
+Prints tables of the onsets of gpu_steps.csv, steps_gpu_pre_relu.csv and steps_cifar_SHORTCUT.csv,
+of their asymmetries and of how far predictions of them are off, of the last ones' first `EARLY`
+steps too.
 """
 
 import csv
@@ -15,7 +17,7 @@ import pathlib
 import sys
 from typing import Any
 
-from configs import onset
+from configs import onset as onset_config
 from experiments import arms, curves, diversity, held_out, networks, runs
 from zerojax.host import paths
 from zerojax.host.command import run_command
@@ -24,12 +26,13 @@ from zerojax.host.terminal import say
 from zerojax.run import cli
 
 TABLES = pathlib.Path(__file__).parents[1] / 'docs' / 'tables'
-PAPERS = 'ConstNet-16-10 on CIFAR-10 (JPEG-75 copy)'
+COPY = 'CIFAR-10 (JPEG-75 copy)'
+PAPERS = f'ConstNet-16-10 on {COPY}'
 ARMS = {  # name of a table of curves: title of its figure
     'gpu_arms': f'{PAPERS}, TF32, one NVIDIA H200',
     'gpu_bfloat16_arms': f'{PAPERS}, bfloat16, one NVIDIA H100',
     'fashion_mnist_arms': 'ConstNet-10-1 on Fashion-MNIST',
-    'cifar_arms': 'ConstNet-16-1 on CIFAR-10 (JPEG-75 copy)',
+    'cifar_arms': f'ConstNet-16-1 on {COPY}',
 }
 SHORTCUTS = ('post_relu',)  # of the paper's network
 EARLY = (60, 100)  # steps, of which there are tables of their own
@@ -63,12 +66,12 @@ def accuracies(rows: list[dict[str, Any]]) -> diversity.Accuracies:
     }
 
 
-def onsets(rows: list[dict[str, Any]]) -> held_out.Found:
-    """Of a table of `held_out`, CIFAR-10 named as the copy that it is."""
+def held_out_cases(rows: list[dict[str, Any]]) -> held_out.Found:
+    """Those of a table of `held_out`, CIFAR-10 named as the copy that it is."""
+    columns = {'measured': 'onset'} | {x: f'predicted, {x}' for x in held_out.METHODS}
     found: held_out.Found = {}
     for row in rows:
-        name = row['setting'].replace('CIFAR-10', 'CIFAR-10 (JPEG-75 copy)')
-        columns = {'measured': 'onset'} | {x: f'predicted, {x}' for x in held_out.METHODS}
+        name = row['setting'].replace('CIFAR-10', COPY)
         steps = {
             key: [None if step == 'never' else int(step) for step in row[column].split(', ')]
             for key, column in columns.items()
@@ -87,10 +90,10 @@ def run(argv: list[str]) -> None:
     drawn = {name: (title, arms.draw(read(f'{name}_curves.csv'))) for name, title in ARMS.items()}
     broken = [row for rows in curves.by_run(gpu_steps).values() if is_broken(rows) for row in rows]
     drawn['gpu_steps'] = (
-        f'{PAPERS}, one NVIDIA H200, where named H100',
+        f'{PAPERS}, NVIDIA H200, where named H100',
         curves.draw(broken, across=4),
     )
-    tables = [gpu_steps]
+    tables = [gpu_steps, read('steps_gpu_pre_relu.csv')]
     for shortcut in SHORTCUTS:
         steps = read(f'steps_cifar_{shortcut}.csv')
         title = f'{PAPERS}, {shortcut}, two CPU cores'
@@ -100,8 +103,10 @@ def run(argv: list[str]) -> None:
         f'{PAPERS}, reduced',
         diversity.draw(accuracies(read('diversity_cifar.csv'))),
     )
-    found, never = onsets(read('held_out.csv')), onset.get_config().num_steps
-    drawn['held_out'] = 'Onsets, three seeds of each setting', held_out.draw(found, never)
+    drawn['held_out'] = (
+        'Onsets, three seeds of each setting',
+        held_out.draw(held_out_cases(read('held_out.csv')), onset_config.get_config().num_steps),
+    )
     for name, (title, figure) in drawn.items():
         figure.suptitle(title)
         figure.savefig(workdir / f'{name}.png', dpi=110)

@@ -93,38 +93,41 @@ def draw(found: Found, never: int) -> Figure:
     figure, panels = runs.new_figure(
         len(scales), len(METHODS), width=12, height=1 + 5 * len(scales)
     )
+    panels = np.reshape(panels, (len(scales), len(METHODS)))
     names = list(dict.fromkeys(name for name, _ in found))
-    medians = {
-        (key, i, each): never if (x := median_onset(row[each])) is None else x
-        for key, rows in found.items()
-        for i, row in enumerate(rows)
-        for each in ('measured', *METHODS)
-    }
-    line = np.array([0, STEPS / SHARE, 1.05 * max(medians.values())])
-    off = np.maximum(STEPS, SHARE * line)
-    for i, of_scale in enumerate(np.reshape(panels, (len(scales), -1))):
-        for axes, method in zip(of_scale, METHODS, strict=True):
+    some_never = False
+    for i, scale in enumerate(scales):
+        medians = {
+            (key, each): median_onset(rows[i][each])
+            for key, rows in found.items()
+            for each in ('measured', *METHODS)
+        }
+        some_never |= None in medians.values()
+        drawn = {key: never if x is None else x for key, x in medians.items()}
+        line = np.array([0, STEPS / SHARE, 1.05 * max(STEPS / SHARE, *drawn.values())])
+        off = np.maximum(STEPS, SHARE * line)
+        for axes, method in zip(panels[i], METHODS, strict=True):
             for key in found:
                 name, shortcut = key
-                which = names.index(name)
+                which, hollow = names.index(name), shortcut == 'post_relu'
                 color = runs.COLORS[which % len(runs.COLORS)]
                 axes.plot(
-                    medians[key, i, 'measured'], medians[key, i, method], linestyle='',
-                    marker=runs.MARKERS[which % len(runs.MARKERS)], markersize=7, color=color,
-                    markerfacecolor='none' if shortcut == 'post_relu' else color,
-                    label=name if shortcut == 'pre_relu' else None, clip_on=False,
+                    drawn[key, 'measured'], drawn[key, method], linestyle='', color=color,
+                    marker=runs.MARKERS[which % len(runs.MARKERS)], clip_on=False,
+                    markersize=9 if hollow else 6, markerfacecolor='none' if hollow else color,
+                    label=None if hollow else name,
                 )  # fmt: skip
             axes.plot(line, line, color='0.5', lw=0.8)
             axes.fill_between(line, line - off, line + off, color='0.5', alpha=0.2, lw=0)
             axes.set(
                 xlabel='measured onset (step, median over seeds)',
                 ylabel='predicted onset (step, median over seeds)',
-                title=f'{method} prediction, noise of {scales[i]:.0e}',
+                title=f'{method} prediction, noise of {scale:.0e}',
                 xlim=(0, line[-1]), ylim=(0, line[-1]), aspect='equal',
             )  # fmt: skip
-    at_never = f'; at {never}: never' if never in medians.values() else ''
+    at_never = f'; at {never}: never' if some_never else ''
     figure.legend(
-        *np.ravel(panels)[0].get_legend_handles_labels(), loc='outside lower center', ncols=5,
+        *panels[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=5,
         frameon=False, title=f'filled: pre_relu, hollow: post_relu; grey: within {STEPS} steps or '
         f'{SHARE:.0%}{at_never}',
     )  # fmt: skip

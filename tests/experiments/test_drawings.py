@@ -20,8 +20,11 @@ def test_a_run_whose_features_stay_equal_is_not_broken():
 
 def test_a_table_of_onsets_is_read_whole_and_its_cifar_is_labelled():
     rows = drawings.read('held_out.csv')
-    found = drawings.onsets(rows)
-    assert sum(map(len, found.values())) == len(rows)
+    found = drawings.held_out_cases(rows)
+    cases = [case for of_key in found.values() for case in of_key]
     assert {name for name, _ in found if 'CIFAR' in name} == {'CIFAR-10 (JPEG-75 copy)'}
-    shown = [f'{held_out.error(each, "reduced"):+g}' for of in found.values() for each in of]
-    assert shown == [f'{row["error, reduced"]:+g}' for row in rows]
+    assert [case['scale'] for case in cases] == [row['scale'] for row in rows]
+    for method in held_out.METHODS:
+        errors = [held_out.error(case, method) for case in cases]
+        assert errors == [row[f'error, {method}'] for row in rows]
+    assert None in found['batches of 32', 'pre_relu'][1]['measured']
