@@ -34,7 +34,7 @@ ARMS = {  # name of a table of curves: title of its figure
     'fashion_mnist_arms': 'ConstNet-10-1 on Fashion-MNIST',
     'cifar_arms': f'ConstNet-16-1 on {COPY}',
 }
-SHORTCUTS = ('post_relu',)  # of the paper's network
+SHORTCUTS = ('post_relu', 'pre_relu')  # of the paper's network
 EARLY = (60, 100)  # steps, of which there are tables of their own
 
 
