@@ -143,7 +143,7 @@ def draw(rows: Sequence[dict[str, Any]], across: int) -> Figure:
     for axes, (name, of_run) in zip(panels, found.items(), strict=False):
         steps = [row['step'] for row in of_run]
         measured = np.array([column(of_run, stream) for stream in streams(rows)])
-        for i, stream in enumerate(streams(rows)):
+        for i, stream in enumerate(sorted(streams(rows))):  # one colour a stream in every figure
             for prefix, (style, width) in styles.items():
                 curve = column(of_run, prefix + stream)
                 curve[(curve <= 0) | (curve > LARGEST)] = np.nan  # linear theory has no bound

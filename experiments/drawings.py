@@ -90,7 +90,7 @@ def run(argv: list[str]) -> None:
     drawn = {name: (title, arms.draw(read(f'{name}_curves.csv'))) for name, title in ARMS.items()}
     broken = [row for rows in curves.by_run(gpu_steps).values() if is_broken(rows) for row in rows]
     drawn['gpu_steps'] = (
-        f'{PAPERS}, NVIDIA H200, where named H100',
+        f'{PAPERS}, NVIDIA H200, or H100 where it says so',
         curves.draw(broken, across=4),
     )
     tables = [gpu_steps, read('steps_gpu_pre_relu.csv')]

@@ -15,6 +15,7 @@ from zerojax.config import (
     build_model,
     build_perturbation,
     check,
+    check_field_exists,
     convolution_of,
     default_config,
     read,
@@ -105,6 +106,11 @@ def test_projection_and_pruning_exclude_each_other(config):
     ) as error:
         check(config)
     assert '\n' not in str(error.value)
+
+
+def test_a_group_is_no_field_and_says_which_are_its_own():
+    with pytest.raises(UsageError, match=r'^model: is a group of fields; .*: model\.convolution, '):
+        check_field_exists('model')
 
 
 def test_unknown_and_missing_fields_are_named(config):

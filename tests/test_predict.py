@@ -166,6 +166,7 @@ def test_what_becomes_of_small_asymmetry(growth, told):
 
 def test_noise_below_one_rounding_is_said_to_be():
     found = {
+        'steps': 400,
         'streams': {},
         'onsets': [
             {'scale': 1e-9, 'stream': None, 'linear': 9, 'reduced': 9.0, 'reduced_seeds': [9]}

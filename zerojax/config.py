@@ -354,10 +354,13 @@ def check_field_exists(field: str) -> None:
     """Checks a dotted name such as 'model.depth'.
 
     Raises:
-        UsageError: there is no such field; names those of its group.
+        UsageError: there is no such field, or it is a group of them; names those of its group.
     """
     fields = sorted(flatten_dict(default_config().to_dict(), sep='.'))
     if field not in fields:
+        if any(each.startswith(f'{field}.') for each in fields):
+            own = ', '.join(each for each in fields if each.startswith(f'{field}.'))
+            raise UsageError(f'{field}: is a group of fields; set one of them: {own}')
         group = field.rpartition('.')[0]
         siblings = [each for each in fields if each.rpartition('.')[0] == group] or fields
         raise UsageError(f'{field}: no such field; allowed: {", ".join(siblings)}')

@@ -144,8 +144,8 @@ def cost_lines(
     return [
         f'{config.model.name} on {config.dataset.name}, {steps} of {config.num_steps} steps; '
         f'{runs} run{"s" if runs > 1 else ""} with gaussian noise on the initial weights',
-        f'operations a step: {operations["full"]:.2g}; of a reduced network of {features} features '
-        f'a stream {operations["reduced"]:.2g}',
+        f'operations a step: {operations["full"]:.2g}; of a reduced network of at most {features} '
+        f'features a stream {operations["reduced"]:.2g}',
         f'the prediction takes about {seconds:.0f} s once it is compiled; the runs take '
         f'{runs * steps * operations["full"]:.2g} operations',
     ]
@@ -224,7 +224,8 @@ def screen(found: records.Record) -> list[str]:
     """The prediction as lines of at most 100 columns."""
     width = min(max([14, *map(len, found['streams'])]), 32)  # the end of a name tells most
     row = f'{{:<{width}}}{{:>9}}{{:>14}}  {{}}'
-    lines = ['', row.format('stream', 'features', 'growth a step', 'small asymmetry')]
+    over = f'small asymmetry, over {found["steps"]} steps'
+    lines = ['', row.format('stream', 'features', 'growth a step', over)]
     for name, stream in found['streams'].items():
         growth = stream['growth']
         lines.append(

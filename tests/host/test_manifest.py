@@ -151,3 +151,13 @@ def test_an_option_that_only_one_version_of_jax_has_is_no_setting(path):
     del fields['starts'][-1]['settings']['EAGER_CONSTANT_FOLDING']
     path.write_text(json.dumps(fields))
     assert manifest.differences(path, FACTS) == []
+
+
+def test_processors_of_one_name_are_told_apart(monkeypatch):
+    one = 'processor\t: 0\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\nstepping\t: 1\n'
+    monkeypatch.setattr(manifest, 'cpuinfo', lambda: f'{one}\n{one}')
+    assert manifest.environment()['cpu'] == 'AMD EPYC (cpu family 26, model 2, stepping 1)'
+    monkeypatch.setattr(manifest, 'cpuinfo', lambda: 'model name\t: Neoverse')
+    assert manifest.environment()['cpu'] == 'Neoverse'
+    monkeypatch.setattr(manifest, 'cpuinfo', lambda: '')
+    assert manifest.environment()['cpu']

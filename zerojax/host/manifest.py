@@ -96,9 +96,11 @@ def cpuinfo() -> str:
 
 
 def _cpu() -> str:
-    """Model of the CPU, as the system names it."""
-    found = re.search(r'^model name\s*: (.*)$', cpuinfo(), re.M)
-    return found[1] if found else platform.processor() or platform.machine()
+    """Model of the CPU, as the system names it, and what else tells it from others of that name."""
+    found = dict(re.findall(r'^([\w ]+?)\s*: (.+)$', cpuinfo().partition('\n\n')[0], re.M))
+    name = found.get('model name') or platform.processor() or platform.machine()
+    numbers = [f'{x} {found[x]}' for x in ('cpu family', 'model', 'stepping') if x in found]
+    return f'{name} ({", ".join(numbers)})' if numbers else name
 
 
 def usable_cores() -> int | None:
