@@ -358,9 +358,9 @@ def check_field_exists(field: str) -> None:
     """
     fields = sorted(flatten_dict(default_config().to_dict(), sep='.'))
     if field not in fields:
-        if any(each.startswith(f'{field}.') for each in fields):
-            own = ', '.join(each for each in fields if each.startswith(f'{field}.'))
-            raise UsageError(f'{field}: is a group of fields; set one of them: {own}')
+        own = [each for each in fields if each.startswith(f'{field}.')]
+        if own:
+            raise UsageError(f'{field}: is a group of fields; set one of them: {", ".join(own)}')
         group = field.rpartition('.')[0]
         siblings = [each for each in fields if each.rpartition('.')[0] == group] or fields
         raise UsageError(f'{field}: no such field; allowed: {", ".join(siblings)}')
